@@ -3371,23 +3371,28 @@ def lock_store(path: str, alone: bool) -> int:
     import fcntl
     try:
         file = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT, mode_of(path))
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if locks_now(file, fcntl.LOCK_EX):
             os.ftruncate(file, 0)
     except OSError as error:  # for want of a right, or where files can't be locked
         raise Unavailable(f"Cannot lock '{path}.lock': {error.strerror}. The database must be in a "
                           'local folder that cmres can write to.') from None
     kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
     until = time.monotonic() + (0 if alone else PATIENT)
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                os.close(file)
-                raise Unavailable(refusal.format(path)) from None
+    while not locks_now(file, kind):
+        if time.monotonic() >= until:
+            os.close(file)
+            raise Unavailable(refusal.format(path))
         time.sleep(0.05)
+    return file
+
+
+def locks_now(file: int, kind: int) -> bool:
+    """Locks a file that is open, if nobody else has locked it."""
+    import fcntl
+    with suppress(BlockingIOError):
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 IN_USE = ("Other processes use the database '{}'. Stop `serve`, `scheduler` and all other cmres "
@@ -3397,10 +3402,8 @@ BEING_REPLACED = "Another process migrates or restores the database '{}'. Try ag
 
 def mode_of(path: str) -> int:
     """The permissions of a database, for the files beside it; of none, its owner's alone."""
-    try:
-        return os.stat(path).st_mode & 0o777
-    except OSError:
-        return 0o600
+    found = stat_of(path)
+    return found.st_mode & 0o777 if found else 0o600
 
 
 # Engines. All SQL is written once, in what SQLite and PostgreSQL both understand and a few words
@@ -3415,6 +3418,7 @@ class SQLite(peewee.SqliteDatabase):
     snapshot = 'DEFERRED'  # how a transaction begins that reads the store as it is at one instant
     in_files, returning = True, ''
     time = staticmethod(time.time)  # by the one clock of all who use the store
+    leave_lost = peewee.SqliteDatabase.close  # a connection that is of no use
     last_id = 'SELECT coalesce(max(id), 0) FROM main.{}'
     settled_event = 2**62  # all before this one are there, or never come
     one_of_several = '{}'  # of queries that are merged in order
@@ -3438,6 +3442,28 @@ class SQLite(peewee.SqliteDatabase):
             connection.close()
             raise
         return connection
+
+    @contextmanager
+    def writing(self, first: bool, on: None) -> Iterator[None]:
+        """A transaction when this thread may write, to the files that cmres has opened or not at
+        all.
+        """
+        began = time.monotonic()
+        if not turns.acquire(PATIENT, first):
+            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
+        try:
+            METRICS.observe('lock_wait_seconds', time.monotonic() - began)
+            store_file.check()
+            with self.atomic():
+                before, number = self.connection().total_changes, 0
+                yield
+                if self.connection().total_changes > before:
+                    number = int(run(COUNT_WRITE).fetchone()[0])
+                    store_file.confirm()
+            if number:
+                store_file.acknowledge(number)
+        finally:
+            turns.release()
 
     def rollback(self):
         """Undoes a transaction, unless SQLite did so already: on a full disk, say."""
@@ -3622,6 +3648,18 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except peewee.OperationalError:
             self.rollback()
             raise
+
+    @contextmanager
+    def writing(self, first: bool, on: frozenset | None) -> Iterator[None]:
+        """A transaction under locks; None: of the whole store."""
+        locked.on, began = on, time.monotonic()
+        try:
+            with self.atomic():
+                METRICS.observe('lock_wait_seconds', time.monotonic() - began)
+                yield
+            store_file.failed = '', 0.0
+        finally:
+            locked.on = None
 
     @staticmethod
     def locks(on: Iterable[tuple[int, int]] | None) -> str:
@@ -5052,26 +5090,33 @@ def refuse_full(target: str) -> None:
 
 def fill_tables(read: Callable, watch: Callable) -> int:
     """Makes the tables of an empty database, with the rows of another one; how many these are."""
-    total = 0
     db.create_tables(map(Late.model, TABLES))
-    for model in watch(TABLES):
-        fields = {each.column_name: each for each in model._meta.sorted_fields}
-        table = model._meta.table_name
-        cursor = read(f'SELECT {quoted(fields)} FROM {table}')
-        while many := cursor.fetchmany(1000):
-            db.write_many(table, [*fields], many)
-            total += len(many)
-        wrote, = run(f'SELECT count(*) FROM {table}').fetchone()
-        there, = read(f'SELECT count(*) FROM {table}').fetchone()
-        if wrote != there:
-            raise Unavailable(f'Of {there} rows of {table} {wrote} were copied. Nothing was saved.')
-        if isinstance(model._meta.primary_key, peewee.AutoField) and not db.in_files:
-            run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
+    total = sum(fill_table(model, read) for model in watch(TABLES))
     run("DELETE FROM fact WHERE name = 'version'")
     finish_tables()
     if not db.in_files:  # else it finds its ways badly until it has counted by itself
         run('ANALYZE')
     return total
+
+
+def fill_table(model: type[Table], read: Callable) -> int:
+    """Writes all rows of a table of another database; how many these are."""
+    table, columns = model._meta.table_name, columns_in(model)
+    cursor = read(f'SELECT {quoted(columns)} FROM {table}')
+    while many := cursor.fetchmany(1000):
+        db.write_many(table, columns, many)
+    wrote, = run(f'SELECT count(*) FROM {table}').fetchone()
+    there, = read(f'SELECT count(*) FROM {table}').fetchone()
+    if wrote != there:
+        raise Unavailable(f'Of {there} rows of {table} {wrote} were copied. Nothing was saved.')
+    if isinstance(model._meta.primary_key, peewee.AutoField) and not db.in_files:
+        run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
+    return wrote
+
+
+def columns_in(model: type[Table]) -> list[str]:
+    """The columns of a table, as its model says."""
+    return [each.column_name for each in model._meta.sorted_fields]
 
 
 @contextmanager
@@ -5886,13 +5931,8 @@ def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[No
             yield
             write_memories()
         return
-    began = time.monotonic()
-    if db.in_files and not turns.acquire(PATIENT, first):
-        raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
-        locked.on = None if db.in_files else on
-        METRICS.observe('lock_wait_seconds', time.monotonic() - began)
-        with watched():
+        with db.writing(first, on):
             try:
                 yield
                 write_memories()
@@ -5900,10 +5940,6 @@ def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[No
                 forget_memories()
     except STORE_ERRORS as error:
         raise of_store(error)
-    finally:
-        locked.on = None
-        if db.in_files:
-            turns.release()
 
 
 def some_of(left: deque, whole: bool = False) -> Iterator:
@@ -5915,26 +5951,6 @@ def some_of(left: deque, whole: bool = False) -> Iterator:
         yield left.popleft()
         if time.monotonic() >= until:
             return
-
-
-@contextmanager
-def watched() -> Iterator[None]:
-    """A transaction that writes to the files that cmres has opened, or not at all."""
-    if not db.in_files:
-        with db.atomic():
-            yield
-        store_file.failed = '', 0.0
-        return
-    store_file.check()
-    number = 0
-    with db.atomic():
-        before = db.connection().total_changes
-        yield
-        if db.connection().total_changes > before:
-            number = int(run(COUNT_WRITE).fetchone()[0])
-            store_file.confirm()
-    if number:
-        store_file.acknowledge(number)
 
 
 #: Each write has a number, by which a database file tells how old it is.
@@ -5949,7 +5965,7 @@ def of_store(error: Exception) -> Exception:
     # A connection that was opened while nothing could be written stays so: the next is a new one,
     # which may lead to the server that can be written to now.
     if code_of(cause) in (sqlite3.SQLITE_READONLY, READ_ONLY) and not db.in_transaction():
-        db.close() if db.in_files else db.leave_lost()
+        db.leave_lost()
     return cause
 
 
@@ -6046,7 +6062,7 @@ def set_stage() -> None:
 def set_stage_of(table: str) -> None:
     """Makes on this connection what rehearsals that write to a table need."""
     model, = (each for each in TABLES if each._meta.table_name == table)
-    columns = [each.column_name for each in model._meta.sorted_fields]
+    columns = columns_in(model)
     names, news = quoted(columns), ', '.join(f'NEW."{name}"' for name in columns)
     gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING;'
     owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
@@ -6318,9 +6334,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     """
     if rehearsal.on:
         return
-    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
-             'resource': None} | refused
-    event = write_event(at, actor, code, sentence, about)
+    about = {'reservation': reservation, 'occurrence': occurrence} | refused
+    event = write_event(at, actor, code, sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
             'INDEXED BY occurrence_series', '(due IS NULL) = FALSE AND reservation_id', reservation)
@@ -6331,7 +6346,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     if config.webhook:
         send_later(event, [config.webhook], '', at)
     targets = [target for target in notify if config.may_tell(target)]
-    tell_owners(config, event, targets, about, actor, at)
+    if targets:
+        tell_owners(config, event, targets, about, actor, at)
 
 
 def newest_event() -> int:
@@ -6340,21 +6356,20 @@ def newest_event() -> int:
     return found.id if found else 0
 
 
-def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
+def write_event(at: float, actor: str, code: str, sentence: str,
+                reservation: int | None = None, occurrence: int | None = None,
+                project: str = '', resource: int | None = None) -> int:
     """Appends an event; one of a reservation is of its project."""
     return run_new('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, '
                    'project, resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
                    'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
-                   at, actor, code, sentence, *(about[name] for name in (
-                       'reservation', 'occurrence', 'project', 'resource')))
+                   at, actor, code, sentence, reservation, occurrence, project, resource)
 
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
                 at: float) -> None:
     """Writes down the notices of an event for its owner; as many mails as a day may have."""
-    if not targets:
-        return
-    owner = owner_of(about['reservation']) or f"{about['project']}/{actor}"
+    owner = owner_of(about['reservation']) or f"{about.get('project', '')}/{actor}"
     mails = [target for target in targets if not is_web(target)]
     left = mails_left(config, owner, len(mails), at) if mails else 0
     may_go = mails[:max(left, 0)]
@@ -6364,7 +6379,7 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
         last = write_event(at, 'cmres', 'dropped', (
             f'{config.notices_per_day} mails were sent for {owner} today. No more are sent until '
-            f'{tomorrow}. The event log has everything.'), about)
+            f'{tomorrow}. The event log has everything.'), **about)
         send_later(last, mails, owner, at)
 
 
@@ -13186,10 +13201,9 @@ class Bookings:
         gone = [each for each in json.loads(before) if each not in json.loads(after)]
         if not gone or rehearsal.on:
             return
-        about = {'reservation': deal.old.reservation, 'occurrence': NONE_OF_THEM, 'project': '',
-                 'resource': None}
         event = write_event(now, self.service.actor.user, 'uninvited',
-                            f"no longer invited: {', '.join(gone)}", about)
+                            f"no longer invited: {', '.join(gone)}",
+                            deal.old.reservation, NONE_OF_THEM)
         for each in gone:
             insert(Outbox, event=event, target=each, owner=f'{deal.old.project}/{deal.old.user}',
                    due=now, tries=0, fault='', invites=True)

@@ -4099,6 +4099,16 @@ def test_on_postgresql_writers_wait_only_for_those_who_decide_on_the_same_thing(
     assert house.check()['differences'] == 0
 
 
+def test_on_postgresql_the_time_is_measured_that_a_writer_waits_for_its_locks(house, at_once):
+    waited = lambda: sum(value for name, _, value in cmres.METRICS.samples() if name == 'lock_wait_seconds_sum')  # noqa: E731
+    before, first = waited(), cmres.row("SELECT id FROM resource WHERE name = 'a'").id
+    with writing(at_once, (cmres.On.RESOURCE, first)):
+        same = at_once(lambda: house.reserve_there('lab', 'a'))
+        until_so(house.waits)
+        time.sleep(0.5)
+    assert same.result()['state'] == 'reserved' and waited() - before > 0.4
+
+
 #: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
 LOCKED_KINDS = {
     'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
