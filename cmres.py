@@ -3452,9 +3452,9 @@ class SQLite(peewee.SqliteDatabase):
         if not turns.acquire(PATIENT, first):
             raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
         try:
-            METRICS.observe('lock_wait_seconds', time.monotonic() - began)
             store_file.check()
             with self.atomic():
+                METRICS.observe('lock_wait_seconds', time.monotonic() - began)
                 before, number = self.connection().total_changes, 0
                 yield
                 if self.connection().total_changes > before:
@@ -4768,6 +4768,8 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
             take_server(path, file, known, make)
         else:
             take_file(path, known)
+        store_file.store = fact('store')
+        ROW_TYPES.clear()  # in another store, columns may stand in another order
         remember(file, store_file.store)
         if lost:
             log.warning("The key '%s' was missing. cmres made a new one: sign in to the page "
@@ -4790,8 +4792,7 @@ def take_server(url: str, file: str, known: str, make: bool) -> None:
         raise NotFound(NO_TABLES.format(without_password(url)))
     if not version:
         make_tables()
-    store_file.path, store_file.store = url, fact('store')
-    ROW_TYPES.clear()
+    store_file.path = url
 
 
 def take_file(path: str, known: str) -> None:
@@ -4805,8 +4806,6 @@ def take_file(path: str, known: str) -> None:
     if not version:
         make_tables()
     store_file.recognise()
-    store_file.store = fact('store')
-    ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
 def is_missing(path: str) -> bool:
@@ -4880,11 +4879,12 @@ def told_by(read: Callable, server: bool = False) -> tuple[int | None, str]:
     if not {'fact', 'reservation', 'occurrence'} <= tables:
         return None, ''
     facts = dict(read('SELECT name, value FROM fact'))
-    version = facts.get('version')
-    if not server:
-        (application,), (version,) = *read('PRAGMA application_id'), *read('PRAGMA user_version')
-        version = version if application in (0, OURS) else None
-    return version and int(version), facts.get('store', '')
+    store = facts.get('store', '')
+    if server:
+        return int(facts['version']) if 'version' in facts else None, store
+    application, version = (read(f'PRAGMA {each}').fetchone()[0]
+                            for each in ('application_id', 'user_version'))
+    return version if application in (0, OURS) else None, store
 
 
 TABLES_OF_FILE = "SELECT name FROM sqlite_master WHERE type = 'table'"
@@ -5793,7 +5793,7 @@ TROUBLES = {
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
-LOST, STOPPED, LACKING, READ_ONLY = '08', '57P', '53', '25006'
+LOST, STOPPED, EXHAUSTED, READ_ONLY = '08', '57P', '53', '25006'
 IDLE_TOO_LONG = '25P03'  # somebody was frozen in a transaction: the connection is lost
 #: The same of PostgreSQL, by how its codes begin.
 SERVER_TROUBLES = {
@@ -5801,8 +5801,8 @@ SERVER_TROUBLES = {
     STOPPED: 'The database stops or starts: {}. Try again in a minute.',
     IDLE_TOO_LONG: 'The database has ended what took too long: {}. Nothing was changed. Try '
                    'again.',
-    LACKING: 'The database has too little of something: {}. Nothing was changed. An operator must '
-          'look at the server.',
+    EXHAUSTED: 'The database has too little of something: {}. Nothing was changed. An operator '
+               'must look at the server.',
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
     READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
@@ -5812,7 +5812,8 @@ SERVER_TROUBLES = {
 TROUBLES |= SERVER_TROUBLES
 #: After these, no write will do for a while.
 LASTING = (sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
-           sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, LACKING, READ_ONLY)
+           sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, EXHAUSTED,
+           READ_ONLY)
 
 
 def trouble(error: BaseException) -> Unavailable | None:

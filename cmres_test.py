@@ -4100,13 +4100,12 @@ def test_on_postgresql_writers_wait_only_for_those_who_decide_on_the_same_thing(
 
 
 def test_on_postgresql_the_time_is_measured_that_a_writer_waits_for_its_locks(house, at_once):
-    waited = lambda: sum(value for name, _, value in cmres.METRICS.samples() if name == 'lock_wait_seconds_sum')  # noqa: E731
-    before, first = waited(), cmres.row("SELECT id FROM resource WHERE name = 'a'").id
+    before, first = waited_to_write(), cmres.row("SELECT id FROM resource WHERE name = 'a'").id
     with writing(at_once, (cmres.On.RESOURCE, first)):
         same = at_once(lambda: house.reserve_there('lab', 'a'))
         until_so(house.waits)
         time.sleep(0.5)
-    assert same.result()['state'] == 'reserved' and waited() - before > 0.4
+    assert same.result()['state'] == 'reserved' and waited_to_write() - before > 0.4
 
 
 #: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
@@ -7281,6 +7280,21 @@ def test_who_waits_for_a_turn_in_vain_waits_no_longer():
     assert came == [False] and not turns.waiting
     turns.release()
     assert turns.acquire(0)
+
+
+def waited_to_write() -> float:
+    """For how long all have waited that write, as they measured it."""
+    return sum(value for name, _, value in cmres.METRICS.samples() if name == 'lock_wait_seconds_sum')
+
+
+@pytest.mark.sqlite  # which lets one write at a time
+def test_the_time_is_measured_that_a_writer_waits_for_another_process(world):
+    before = waited_to_write()
+    with contextlib.closing(cmres.connect(cmres.store_file.path)) as other:
+        other.execute('BEGIN IMMEDIATE')
+        threading.Timer(0.5, lambda: other.execute('COMMIT')).start()
+        book(world.service, 'lab', 1, 2)
+    assert waited_to_write() - before > 0.4
 
 
 MACHINES = {'flavor': 'm1.tiny', 'image': 'cirros', 'notify': ['eva@example.org']}
