@@ -5842,10 +5842,14 @@ def is_lost(error: BaseException) -> bool:
 def code_of(error: BaseException) -> int | str | None:
     """The code of the engine's own error, as TROUBLES has it; the rest of it is for experts."""
     cause = engine_error(error)
+    if cause is None:
+        return None
     if hasattr(cause, 'sqlite_errorcode'):
         return cause.sqlite_errorcode & 0xff
-    state = cause and (cause.sqlstate or LOST) or ''
-    return next((each for each in SERVER_TROUBLES if state.startswith(each)), None)
+    if not cause.sqlstate:  # the server has said nothing
+        is_cut = isinstance(of_peewee(cause), (peewee.OperationalError, peewee.InterfaceError))
+        return LOST if is_cut else None
+    return next((each for each in SERVER_TROUBLES if cause.sqlstate.startswith(each)), None)
 
 
 def in_trouble(error: BaseException) -> Unavailable | None:
@@ -6258,8 +6262,9 @@ def row_type(sql: str, cursor) -> Callable:
     """What makes rows of a query of its columns."""
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
-    ROW_TYPES[sql] = row_of(tuple(column[0] for column in cursor.description))
-    return ROW_TYPES[sql]
+    made = row_of(tuple(column[0] for column in cursor.description))
+    ROW_TYPES[sql] = made  # another thread may forget it at once
+    return made
 
 
 @functools.cache

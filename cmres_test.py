@@ -3696,6 +3696,14 @@ def test_a_statement_means_the_same_on_both_engines(both):
                 assert (json.loads(found) if isinstance(answer, list) else found) == answer, (engine, sql)
 
 
+def test_rows_are_made_also_while_another_thread_forgets_how(world, monkeypatch):
+    class Forgetful(dict):
+        def __setitem__(self, sql, made):
+            """Another thread clears it at this instant."""
+    monkeypatch.setattr(cmres, 'ROW_TYPES', Forgetful())
+    assert cmres.row("SELECT 1 AS one, 'two' AS two") == (1, 'two')
+
+
 #: What SQLite alone understands, and what both do instead.
 OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), of_list', r'\bINSERT OR\b': 'ON CONFLICT',
              r'\bIS (NOT )?NULL\) = [01]': '= FALSE', r'\bWHERE 1\b': 'WHERE TRUE', r'\b1 << \d\d': 'the number itself',
@@ -4407,6 +4415,19 @@ def test_a_machine_of_postgresql_that_is_gone_is_given_up_within_seconds():
     """It closes no connection: without an end of its own, a request would wait for a quarter of an hour."""
     said = cmres.OF_CONNECTIONS
     assert said['keepalives_idle'] + said['keepalives_interval'] * said['keepalives_count'] <= 20 and said['tcp_user_timeout'] <= 20_000
+
+
+def test_a_mistake_that_the_library_of_postgresql_finds_is_no_lost_connection(house):
+    """It has no code of the server, as a lost connection has none."""
+    tries = []
+
+    def mistaken(on):
+        tries.append(on)
+        with cmres.transaction(on=on):
+            cmres.run("SELECT * FROM fact WHERE name = ?", 'a\0b')
+    with pytest.raises(peewee.DataError) as error:
+        cmres.persist(mistaken, None)
+    assert cmres.trouble(error.value) is None and len(tries) == 1
 
 
 def test_who_opened_a_connection_that_postgresql_lost_closes_the_new_one(house, server):
