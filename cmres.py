@@ -6099,15 +6099,16 @@ TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
      WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) x GROUP BY 1"""
 
 
-def rehearsed(sql: str) -> str:
-    """A statement as this thread's rehearsal runs it."""
-    if written := WRITTEN.match(sql):
-        note_written(written[1])
-    return rehearsed_text(sql, rehearsal.tables) if rehearsal.tables else sql
-
-
 def note_written(table: str) -> None:
-    """From now on what this thread's rehearsal has of a table is not what the store has."""
+    """A table is written to: what was read of it is forgotten; Lacking if that is not locked. From
+    now on, what this thread's rehearsal has of it is not what the store has.
+    """
+    if table in SELDOM:
+        remembered.change()
+    if locked.on is not None and table not in SHARED_TABLES:
+        raise Lacking(None)
+    if not rehearsal.on:
+        return
     if table not in REHEARSED:
         raise RuntimeError(f'{table} would be written to in a rehearsal')
     if table not in rehearsal.stage:
@@ -6116,7 +6117,8 @@ def note_written(table: str) -> None:
 
 
 @functools.lru_cache(1000)
-def rehearsed_text(sql: str, tables: frozenset) -> str:
+def rehearsed(sql: str, tables: frozenset) -> str:
+    """A statement as a rehearsal runs it that has written to some tables."""
     sql = INDEXED.sub(lambda found: found[found[2] in tables], sql)
     return NAMED.sub(lambda found: f'{found[0]}_now' if found[2] in tables else found[0], sql)
 
@@ -6163,7 +6165,9 @@ def undone() -> Iterator[None]:
 
 def run(sql: str, *values) -> sqlite3.Cursor:
     """Runs one statement on this thread's connection, with peewee's kinds of errors."""
-    return execute(rehearsed(sql) if rehearsal.on else sql, values)
+    if written := WRITTEN.match(sql):
+        note_written(written[1])
+    return execute(rehearsed(sql, rehearsal.tables) if rehearsal.tables else sql, values)
 
 
 def run_new(sql: str, *values) -> int:
@@ -6173,8 +6177,6 @@ def run_new(sql: str, *values) -> int:
 
 def execute(sql: str, values: Iterable = ()):
     """Runs one statement as it stands."""
-    if locked.on is not None and (to := WRITTEN.match(sql)) and to[1] not in SHARED_TABLES:
-        raise Lacking(None)
     return db.run(sql, values)
 
 
@@ -6275,8 +6277,6 @@ def row_of(names: tuple[str, ...]) -> Callable:
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
-    if model._meta.table_name in SELDOM:
-        remembered.change()
     if not rehearsal.on:
         text, has_id = insert_text(model, tuple(values)), 'id' in model._meta.fields
         return run_new(text, *values.values()) if has_id else run(text, *values.values()) and 0
@@ -6300,8 +6300,8 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
         insert(model, **many[0])
         return
     table, instead = model._meta.table_name, ''
+    note_written(table)
     if rehearsal.on:
-        note_written(table)
         many, instead = [{'id': rehearsed_id(table), **each} for each in many], '_new'
     if many:
         names = dict.fromkeys(itertools.chain.from_iterable(many))
@@ -6311,8 +6311,6 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
 
 def change(model: type[Table], id: int, **values) -> None:
     """Writes some columns of one row."""
-    if model._meta.table_name in SELDOM:
-        remembered.change()
     run(change_text(model, tuple(values)), *values.values(), id)
 
 
@@ -6991,7 +6989,6 @@ def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
         if row('SELECT 1 AS one FROM wait WHERE limited LIMIT 1'):
             decide_on((On.LINE, 0))
             run('UPDATE wait SET due = 0 WHERE limited')
-        remembered.change()
 
 
 def release(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -> None:
@@ -13370,7 +13367,6 @@ class Bookings:
                          reservation):
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
-        remembered.change()
 
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets admins know that they must approve a reservation before an instant."""
@@ -15368,7 +15364,6 @@ class Plan(Operations):
             if not found:
                 raise NotFound(f'There is no limit {id}.')
             run('DELETE FROM limits WHERE id = ?', id)
-            remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'removed limit {id}')
             return shown_limit(found)
@@ -15834,7 +15829,6 @@ class Plan(Operations):
         last = [each.id for each in there[:-1][:place.spare]]
         run('UPDATE host SET spare = iif(id IN numbers(?), 1, 0) WHERE resource_id = ?',
             json.dumps(last), place.id)
-        remembered.change()
         self.rehouse(place.id, dict.fromkeys(last), now)
 
     def rehouse(self, resource: int, suspects: dict[int, bool], now: float,

@@ -7303,6 +7303,14 @@ def test_who_waits_for_a_turn_in_vain_waits_no_longer():
     assert turns.acquire(0)
 
 
+def test_what_a_transaction_has_read_is_read_anew_whatever_statement_wrote_there(world):
+    id = cmres.row("SELECT id FROM resource WHERE name = 'demo'").id
+    with cmres.transaction():
+        assert cmres.resource_of(id).vms == 16 and not cmres.standing().limits
+        cmres.run('UPDATE resource SET vms = 3 WHERE id = ?', id)
+        assert cmres.resource_of(id).vms == 3
+
+
 def waited_to_write() -> float:
     """For how long all have waited that write, as they measured it."""
     return sum(value for name, _, value in cmres.METRICS.samples() if name == 'lock_wait_seconds_sum')
