@@ -3373,23 +3373,28 @@ def lock_store(path: str, alone: bool) -> int:
     import fcntl
     try:
         file = os.open(f'{path}.lock', os.O_RDWR | os.O_CREAT, mode_of(path))
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if locks_now(file, fcntl.LOCK_EX):
             os.ftruncate(file, 0)
     except OSError as error:  # for want of a right, or where files can't be locked
         raise Unavailable(f"Cannot lock '{path}.lock': {error.strerror}. The database must be in a "
                           'local folder that cmres can write to.') from None
     kind, refusal = (fcntl.LOCK_EX, IN_USE) if alone else (fcntl.LOCK_SH, BEING_REPLACED)
     until = time.monotonic() + (0 if alone else PATIENT)
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                os.close(file)
-                raise Unavailable(refusal.format(path)) from None
+    while not locks_now(file, kind):
+        if time.monotonic() >= until:
+            os.close(file)
+            raise Unavailable(refusal.format(path))
         time.sleep(0.05)
+    return file
+
+
+def locks_now(file: int, kind: int) -> bool:
+    """Locks a file that is open, if nobody else has locked it."""
+    import fcntl
+    with suppress(BlockingIOError):
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 IN_USE = ("Other processes use the database '{}'. Stop `serve`, `scheduler` and all other cmres "
@@ -3399,10 +3404,8 @@ BEING_REPLACED = "Another process migrates or restores the database '{}'. Try ag
 
 def mode_of(path: str) -> int:
     """The permissions of a database, for the files beside it; of none, its owner's alone."""
-    try:
-        return os.stat(path).st_mode & 0o777
-    except OSError:
-        return 0o600
+    found = stat_of(path)
+    return found.st_mode & 0o777 if found else 0o600
 
 
 # Engines. All SQL is written once, in what SQLite and PostgreSQL both understand and a few words
@@ -3418,9 +3421,11 @@ class SQLite(peewee.SqliteDatabase):
     in_files, returning = True, ''
     few = 2  # statements that take less time than one with lists
     time = staticmethod(time.time)  # by the one clock of all who use the store
+    leave_lost = peewee.SqliteDatabase.close  # a connection that is of no use
     last_id = 'SELECT coalesce(max(id), 0) FROM main.{}'
     settled_event = 2**62  # all before this one are there, or never come
     one_of_several = '{}'  # of queries that are merged in order
+    own_views = "SELECT name FROM sqlite_temp_master WHERE type = 'view'"  # of this connection
 
     def id_of(self, cursor) -> int:
         """The id of the row that was just written."""
@@ -3441,6 +3446,28 @@ class SQLite(peewee.SqliteDatabase):
             raise
         return connection
 
+    @contextmanager
+    def writing(self, first: bool, on: None) -> Iterator[None]:
+        """A transaction when this thread may write, to the files that cmres has opened or not at
+        all.
+        """
+        began = time.monotonic()
+        if not turns.acquire(PATIENT, first):
+            raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
+        try:
+            store_file.check()
+            with self.atomic():
+                METRICS.observe('lock_wait_seconds', time.monotonic() - began)
+                before, number = self.connection().total_changes, 0
+                yield
+                if self.connection().total_changes > before:
+                    number = int(run(COUNT_WRITE).fetchone()[0])
+                    store_file.confirm()
+            if number:
+                store_file.acknowledge(number)
+        finally:
+            turns.release()
+
     def rollback(self):
         """Undoes a transaction, unless SQLite did so already: on a full disk, say."""
         if self.connection().in_transaction:
@@ -3452,10 +3479,6 @@ class SQLite(peewee.SqliteDatabase):
             return self.connection().execute(self.spell(sql), values)
         except sqlite3.Error as error:
             raise of_peewee(error) from error
-
-    def version(self) -> int:
-        """Of the tables; 0: there are none."""
-        return self.user_version
 
     def note_version(self) -> None:
         """The tables are those of today."""
@@ -3487,10 +3510,6 @@ class SQLite(peewee.SqliteDatabase):
 
     def make_trigger(self, text: str) -> None:
         run(text)
-
-    def views(self, names: Iterable[str]) -> set[str]:
-        """Which of some views this connection has for itself."""
-        return {name for name in names if run(f'PRAGMA temp.table_info({name})').fetchone()}
 
     def columns_like(self, table: str) -> str:
         """The columns of a table that is made like another one."""
@@ -3537,6 +3556,8 @@ class PostgreSQL(PooledPostgresqlDatabase):
     last_id = 'SELECT last_value - CAST(NOT is_called AS int) FROM {}_id_seq'
     # each by itself in that order, no more than are asked for
     one_of_several = 'SELECT * FROM ({} {}) one'
+    own_views = ("SELECT relname FROM pg_class WHERE relkind = 'v' AND "
+                 'relnamespace = pg_my_temp_schema()')
     until: float | None = 0.0  # when it is away for too long; None: it is there
     first: tuple = ()  # which server is asked first, by host and port
 
@@ -3616,11 +3637,6 @@ class PostgreSQL(PooledPostgresqlDatabase):
         self.leave_lost()
         return self.ask(text, values)
 
-    def version(self) -> int:
-        """Of the tables; 0: there are none."""
-        there = run("SELECT to_regclass('fact') IS NOT NULL").fetchone()[0]
-        return int(there and fact('version') or 0)
-
     def note_version(self) -> None:
         """The tables are those of today."""
         note_fact('version', f'{latest_version()}')
@@ -3635,6 +3651,18 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except peewee.OperationalError:
             self.rollback()
             raise
+
+    @contextmanager
+    def writing(self, first: bool, on: frozenset | None) -> Iterator[None]:
+        """A transaction under locks; None: of the whole store."""
+        locked.on, began = on, time.monotonic()
+        try:
+            with self.atomic():
+                METRICS.observe('lock_wait_seconds', time.monotonic() - began)
+                yield
+            store_file.failed = '', 0.0
+        finally:
+            locked.on = None
 
     @staticmethod
     def locks(on: Iterable[tuple[int, int]] | None) -> str:
@@ -3722,17 +3750,11 @@ class PostgreSQL(PooledPostgresqlDatabase):
         except psycopg().Error as error:
             raise of_peewee(error) from error
 
-    def views(self, names: Iterable[str]) -> set[str]:
-        """Which of some views this connection has for itself."""
-        there = run("SELECT relname FROM pg_class WHERE relkind = 'v' AND relnamespace = "
-                    'pg_my_temp_schema()')
-        return {name for name, in there} & {*names}
-
     def sweep(self) -> None:
         """Frees, now and then, what rehearsals wrote to: the server does so in no such table."""
         if next(self.rehearsals) % SWEPT_AFTER == 0:
-            there = sorted(self.views(map('{}_now'.format, REHEARSED)))
-            run('VACUUM ' + ', '.join(f'{name[:-4]}_new, {name[:-4]}_gone' for name in there))
+            there = sorted(stage_there() & {*REHEARSED})
+            run('VACUUM ' + ', '.join(f'{table}_new, {table}_gone' for table in there))
 
     def make_trigger(self, text: str) -> None:
         """Makes of a trigger of SQLite a function and what calls it."""
@@ -4098,6 +4120,11 @@ class Table(metaclass=Late):
         legacy_table_names = False
 
 
+def came_later(kind: type[peewee.Field], default: str | int) -> peewee.Field:
+    """A column that was added to a table: the rows that were there before have a default."""
+    return kind(constraints=[peewee.SQL(f'DEFAULT {default!r}')])
+
+
 class Resource(Table):
     name = peewee.CharField()
     cell = peewee.CharField()
@@ -4107,28 +4134,25 @@ class Resource(Table):
     vms = peewee.IntegerField(null=True)  # NULL in these three is unlimited
     vcpus = peewee.IntegerField(null=True)
     ram = peewee.IntegerField(null=True)  # MiB
-    mode = peewee.CharField(default='')   # '' or one of MODES
-    hold = peewee.IntegerField(default=0)  # seconds
-    approval = peewee.IntegerField(default=0)  # seconds that an admin has to approve; 0: no need
-    no_show = peewee.IntegerField(default=0)   # seconds until what nobody uses goes; 0: never
-    # seconds before a start from which on only admins change what is reserved
-    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
-    classes = peewee.TextField(default='')  # JSON: of other resource classes of Placement; '': none
-    hosts = peewee.TextField(default='[]')  # JSON: of its aggregate, as `sync` saw them
-    named = peewee.TextField(default='')    # JSON: what each holds, if reserved by name
+    mode = peewee.CharField()  # '' or one of MODES
+    hold = peewee.IntegerField()  # seconds
+    approval = peewee.IntegerField()  # seconds that an admin has to approve; 0: no need
+    no_show = peewee.IntegerField()  # seconds until what nobody uses goes; 0: never
+    lock = came_later(peewee.IntegerField, 0)  # seconds before a start: only admins change it then
+    classes = peewee.TextField()  # JSON: of other resource classes of Placement; '': none
+    hosts = peewee.TextField()  # JSON: of its aggregate, as `sync` saw them
+    named = peewee.TextField()  # JSON: what each holds, if reserved by name
     # Nova's id of its aggregate, which may get another name; '' where no cloud has told it
-    aggregate_id = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    # so many hosts are kept for when others fail
-    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
-    # whether Nova has a flavor for each lease that is active there
-    flavors = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
+    aggregate_id = came_later(peewee.CharField, '')
+    spare = came_later(peewee.IntegerField, 0)  # so many hosts are kept for when others fail
+    flavors = came_later(peewee.BooleanField, 0)  # whether Nova has one for each active lease
     # what becomes of VMs that people started at the end of their reservation: delete or keep; '':
     # as the setting `delete_user_started` says
-    user_started = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    user_started = came_later(peewee.CharField, '')
     # what an event of a calendar program gets that says nothing; without any, no calendar
-    default_flavor = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    default_image = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    default_vms = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    default_flavor = came_later(peewee.CharField, '')
+    default_image = came_later(peewee.CharField, '')
+    default_vms = came_later(peewee.IntegerField, 0)
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
 
@@ -4147,29 +4171,26 @@ class Reservation(Table):
     server = peewee.CharField()  # the id of a machine that its owner has, in place of an image
     at_end = peewee.CharField()  # '' or one of ENDS
     notify = peewee.TextField()  # JSON
-    # JSON: mail addresses that get it as an event for their calendars
-    invite = peewee.TextField(default='[]', constraints=[peewee.SQL("DEFAULT '[]'")])
+    invite = came_later(peewee.TextField, '[]')  # JSON: mail addresses that get calendar events
     lead = peewee.IntegerField()  # seconds
     description = peewee.TextField()
-    repeat = peewee.CharField(default='')        # the RRULE of a series as it was asked for
-    tz = peewee.CharField(default='')            # whose wall times it goes by
-    series = peewee.TextField(default='')        # JSON: its stretches
-    request = peewee.CharField(default='')       # the label of the request of which this is a part
-    host = peewee.CharField(default='')          # all of it is reserved, by its name
-    choices = peewee.TextField(default='')       # JSON: the resources for one of which it waits
+    repeat = peewee.CharField()  # the RRULE of a series as it was asked for
+    tz = peewee.CharField()  # whose wall times it goes by
+    series = peewee.TextField()  # JSON: its stretches
+    request = peewee.CharField()  # the label of the request of which this is a part
+    host = peewee.CharField()  # all of it is reserved, by its name
+    choices = peewee.TextField()  # JSON: the resources for one of which it waits
     waiting = peewee.IntegerField(null=True)     # since when it waits for room
-    priority = peewee.IntegerField(default=0)
-    confirm = peewee.IntegerField(default=0)     # seconds that its owner has to accept it
+    priority = peewee.IntegerField()
+    confirm = peewee.IntegerField()  # seconds that its owner has to accept it
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
-    personal = peewee.BooleanField(default=False)  # only its user may boot on it through Nova
-    # whether its VMs are to be on one host or each on another: '', APART or TOGETHER
-    affinity = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    # what their hosts must be like, as it was typed
-    where = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    on_conflict = peewee.CharField(default='')   # what becomes of an occurrence that has no room
-    trusted = peewee.TextField(default='[]')     # JSON: KIND:NAME that an admin gave it
+    personal = peewee.BooleanField()  # only its user may boot on it through Nova
+    affinity = came_later(peewee.CharField, '')  # of its VMs on hosts: '', APART or TOGETHER
+    where = came_later(peewee.TextField, '')  # what their hosts must be like, as it was typed
+    on_conflict = peewee.CharField()  # what becomes of an occurrence that has no room
+    trusted = peewee.TextField()  # JSON: KIND:NAME that an admin gave it
     booked_until = peewee.IntegerField(null=True)  # how far it is in rows, if it goes on after that
-    origin = peewee.CharField(default='')        # a digest of that event
+    origin = peewee.CharField()  # a digest of that event
     uid = peewee.CharField(null=True)            # of the event of a calendar that it comes from
     subscription = peewee.IntegerField(null=True)  # the calendar that brought it
     added = peewee.IntegerField()
@@ -4183,10 +4204,10 @@ class Reservation(Table):
 
 class Occurrence(Table):
     reservation = peewee.ForeignKeyField(Reservation, index=False)
-    slot = peewee.CharField(default='')  # the wall time at which a series has it; '': it has none
-    altered = peewee.BooleanField(default=False)  # it was changed on its own: the series lets it be
-    revision = peewee.IntegerField(default=0)  # how often something about it was told
-    revised = peewee.IntegerField(default=0)   # when that was last
+    slot = peewee.CharField()  # the wall time at which a series has it; '': it has none
+    altered = peewee.BooleanField()  # it was changed on its own: the series lets it be
+    revision = peewee.IntegerField()  # how often something about it was told
+    revised = peewee.IntegerField()  # when that was last
     resource = peewee.ForeignKeyField(Resource, index=False)
     start = peewee.IntegerField()
     end = peewee.IntegerField()
@@ -4195,17 +4216,16 @@ class Occurrence(Table):
     vms = peewee.IntegerField()
     vcpus = peewee.IntegerField()  # of all its machines
     ram = peewee.IntegerField()    # of all its machines, MiB
-    classes = peewee.TextField(default='')  # of all its machines, JSON
-    # JSON: how many of its machines are planned on which host, by id; '': on none
-    placed = peewee.TextField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    classes = peewee.TextField()  # of all its machines, JSON
+    placed = came_later(peewee.TextField, '')  # JSON: how many VMs on which host, by id; '': none
     cancelled = peewee.IntegerField(null=True)
-    told = peewee.IntegerField(default=0)  # which of SOON, READY, ENDING were announced
+    told = peewee.IntegerField()  # which of SOON, READY, ENDING were announced
     due = peewee.DoubleField(null=True)  # when the life cycle looks at it next; NULL: never again
     up_told = peewee.IntegerField(null=True)  # so many servers were up when that was last told
     up_check = peewee.DoubleField(null=True)  # when another number is told, if it is one still
     # These two are as its reservation has them, so that indexes know them; triggers keep them so.
-    of_project = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    of_user = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    of_project = came_later(peewee.CharField, '')
+    of_user = came_later(peewee.CharField, '')
 
     class Meta:
         constraints = [peewee.Check('held_from <= start AND start < "end" AND held_until <= "end"')]
@@ -4242,11 +4262,9 @@ class Host(Table):
     units = peewee.TextField()    # JSON: least, most and step of one amount, by class; '': any
     until = peewee.IntegerField()  # FOREVER, or since when nothing is planned there any more
     # why: DISABLED or FAILING, as Nova says, or GONE_AWAY from the aggregate
-    state = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    # 1: it is one of those that are kept for when others fail
-    spare = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
-    # JSON: what its cloud says of it, by name
-    properties = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])
+    state = came_later(peewee.CharField, '')
+    spare = came_later(peewee.IntegerField, 0)  # 1: it is kept for when others fail
+    properties = came_later(peewee.TextField, '{}')  # JSON: what its cloud says of it, by name
 
 
 class Capacity(Table):
@@ -4260,10 +4278,9 @@ class Capacity(Table):
     held_vms = peewee.IntegerField()  # what it holds; less than nothing for a loan
     held_vcpus = peewee.IntegerField()
     held_ram = peewee.IntegerField()
-    classes = peewee.TextField(default='')
-    held_classes = peewee.TextField(default='')
-    # of one host only, which is closed then; it holds nothing of the sum
-    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
+    classes = peewee.TextField()
+    held_classes = peewee.TextField()
+    host = came_later(peewee.CharField, '')  # it alone is closed then, and no sum is held
     reason = peewee.CharField()
     added = peewee.IntegerField()
     removed = peewee.IntegerField(null=True)
@@ -4304,7 +4321,7 @@ class Wait(Table):
     held_from = peewee.IntegerField()
     until = peewee.IntegerField()  # the end of its window
     since = peewee.IntegerField()
-    limited = peewee.BooleanField(default=False)  # it is not room that it lacks
+    limited = peewee.BooleanField()  # it is not room that it lacks
     due = peewee.DoubleField()
 
 
@@ -4313,9 +4330,9 @@ class Limit(Table):
     project = peewee.CharField()   # '' and no user: every project
     user = peewee.CharField()
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # NULL: all together
-    figures = peewee.TextField(default='{}', constraints=[peewee.SQL("DEFAULT '{}'")])  # JSON
+    figures = came_later(peewee.TextField, '{}')  # JSON
     exempt = peewee.IntegerField()  # seconds
-    lock = peewee.IntegerField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    lock = came_later(peewee.IntegerField, 0)
     added = peewee.IntegerField()
 
     class Meta:
@@ -4366,17 +4383,16 @@ class Claim(Table):
     occurrence = peewee.IntegerField(null=True)  # it boots on; NULL: on what nobody has reserved
     server = peewee.CharField()   # Nova's id
     # where it is; '': not known, or, if it takes that twice, on any two hosts
-    host = peewee.CharField(default='', constraints=[peewee.SQL("DEFAULT ''")])
-    # until a resize is confirmed, what it takes before and after it
-    twice = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
+    host = came_later(peewee.CharField, '')
+    twice = came_later(peewee.BooleanField, 0)  # until a resize is confirmed: before and after it
     project = peewee.CharField()  # Nova's ids
     user = peewee.CharField()
     vcpus = peewee.IntegerField()
     ram = peewee.IntegerField()  # MiB
-    classes = peewee.TextField(default='')
+    classes = peewee.TextField()
     at = peewee.DoubleField()
     # when Nova's scheduler asked last, a little more with each look: what began before is older
-    asked = peewee.DoubleField(default=0, constraints=[peewee.SQL('DEFAULT 0')])
+    asked = came_later(peewee.DoubleField, 0)
     due = peewee.DoubleField(null=True)  # when it is looked for next; NULL: it is gone
     gone = peewee.DoubleField(null=True)
 
@@ -4405,10 +4421,10 @@ class Token(Table):
     hash = peewee.CharField(unique=True)
     added = peewee.IntegerField()
     revoked = peewee.IntegerField(null=True)
-    purpose = peewee.CharField(default='')
+    purpose = peewee.CharField()
     ends = peewee.IntegerField(null=True)
     last_used = peewee.IntegerField(null=True)  # to about a minute
-    scopes = peewee.CharField(default='')       # with commas between; '': all that its role may
+    scopes = peewee.CharField()  # with commas between; '': all that its role may
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # the only one
 
 
@@ -4461,13 +4477,13 @@ class Subscription(Table):
     url = peewee.CharField()       # a secret
     defaults = peewee.TextField()  # JSON: what its events don't say; the resource by its id, or 0
     notify = peewee.TextField()    # JSON
-    etag = peewee.CharField(default='')
-    modified = peewee.CharField(default='')
-    fault = peewee.TextField(default='')
-    refused = peewee.TextField(default='{}')  # JSON: by UID, why it could not be booked
-    held = peewee.TextField(default='')  # what waits for its owner's word
-    confirmed = peewee.BooleanField(default=False)
-    tries = peewee.IntegerField(default=0)
+    etag = peewee.CharField()
+    modified = peewee.CharField()
+    fault = peewee.TextField()
+    refused = peewee.TextField()  # JSON: by UID, why it could not be booked
+    held = peewee.TextField()  # what waits for its owner's word
+    confirmed = peewee.BooleanField()
+    tries = peewee.IntegerField()
     polled = peewee.DoubleField(null=True)
     due = peewee.DoubleField(null=True)  # NULL: it is not looked at any more
     added = peewee.IntegerField()
@@ -4513,7 +4529,7 @@ class Event(Table):
     reservation = peewee.ForeignKeyField(Reservation, null=True)
     occurrence = peewee.IntegerField(null=True)  # of a series, the one that it is about
     # of the reservation then, or of what was refused, which is none
-    project = peewee.CharField(default='')
+    project = peewee.CharField()
     resource = peewee.ForeignKeyField(Resource, index=False, null=True)  # of what was refused
 
 
@@ -4521,12 +4537,11 @@ class Outbox(Table):
     """A notice on its way: sent when it is written down with its event, until it has arrived."""
     event = peewee.ForeignKeyField(Event, index=False)
     target = peewee.CharField()
-    owner = peewee.CharField(default='')  # who wants it told, PROJECT/USER; '': the operator
-    tries = peewee.IntegerField(default=0)
+    owner = peewee.CharField()  # who wants it told, PROJECT/USER; '': the operator
+    tries = peewee.IntegerField()
     due = peewee.DoubleField(null=True)  # NULL: it has arrived, or was given up
-    fault = peewee.TextField(default='')
-    # it is a calendar event for somebody who may have no account; a trigger wrote it
-    invites = peewee.BooleanField(default=False, constraints=[peewee.SQL('DEFAULT 0')])
+    fault = peewee.TextField()
+    invites = came_later(peewee.BooleanField, 0)  # a calendar event, which a trigger wrote
 
 
 class Mailed(Table):
@@ -4608,7 +4623,7 @@ class SimulatedServer(Table):
     mark = peewee.CharField()
     made = peewee.DoubleField()
     boots = peewee.DoubleField()  # seconds that its boot takes
-    power = peewee.CharField(default='active')
+    power = peewee.CharField()
     saved = peewee.DoubleField(null=True)  # when the image of it is complete
     fault = peewee.TextField()
     gone = peewee.DoubleField(null=True)
@@ -4756,6 +4771,8 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
             take_server(path, file, known, make)
         else:
             take_file(path, known)
+        store_file.store = fact('store')
+        ROW_TYPES.clear()  # in another store, columns may stand in another order
         remember(file, store_file.store)
         if lost:
             log.warning("The key '%s' was missing. cmres made a new one: sign in to the page "
@@ -4771,15 +4788,14 @@ def open_store(path: str, key: str = '', make: bool = True) -> None:
 def take_server(url: str, file: str, known: str, make: bool) -> None:
     """Takes a database of PostgreSQL into use, and makes its tables if it has none."""
     db.initialize(PostgreSQL(url))
-    version = refuse_other(without_password(url), known, told_by_server())
+    version = refuse_other(without_password(url), known, told_by(run, True))
     if version and not known:
         raise Unavailable(NO_KEY.format(without_password(url), file))
     if not version and not make:
         raise NotFound(NO_TABLES.format(without_password(url)))
     if not version:
         make_tables()
-    store_file.path, store_file.store = url, fact('store')
-    ROW_TYPES.clear()
+    store_file.path = url
 
 
 def take_file(path: str, known: str) -> None:
@@ -4788,13 +4804,11 @@ def take_file(path: str, known: str) -> None:
         make_private(path)
     db.initialize(SQLITE)
     store_file.hold(path)
-    version = refuse_other(path, known, told_by(store_file.guard))
+    version = refuse_other(path, known, told_by(store_file.guard.execute))
     db.init(file_uri(path), timeout=PATIENT, uri=True)
     if not version:
         make_tables()
     store_file.recognise()
-    store_file.store = fact('store')
-    ROW_TYPES.clear()  # in another store, columns may stand in another order
 
 
 def is_missing(path: str) -> bool:
@@ -4832,44 +4846,52 @@ def latest_version() -> int:
     return len(MIGRATIONS) + 1
 
 
-def refuse_other(path: str, known: str, found: tuple) -> int:
+def refuse_other(path: str, known: str, found: tuple[int | None, str]) -> int:
     """The version of a database, 0 of an empty one; refuses what is not the store of this key.
 
     Args:
       found: what it tells of itself
     """
-    application, version, store = found
-    latest = latest_version()
-    if application != OURS and version is None:
+    version, store = found
+    if version is None:
         raise Unavailable(f"'{path}' is not a database of cmres. Choose another file name.")
     if known and store != known:
         raise Unavailable(OTHER_KEY.format(path, f'store {store}' if store else 'empty', known))
-    if version and version != latest:
-        refusal = STORE_OLDER if version < latest else STORE_NEWER
-        raise Unavailable(refusal.format(path, version, latest))
+    if version:
+        refuse_version(path, version)
     return version
 
 
-def told_by(connection: sqlite3.Connection) -> tuple[int, int | None, str]:
-    """Of a database: application id; version, None if not ours, 0 if empty; id of the store."""
-    application, version = (connection.execute(f'PRAGMA {each}').fetchone()[0]
-                            for each in ('application_id', 'user_version'))
-    tables = {each[0] for each in connection.execute(
-        "SELECT name FROM sqlite_master WHERE type = 'table'")}
+def refuse_version(path: str, version: int) -> None:
+    """Unavailable if a database is not of this version: what it has is not known."""
+    if version != latest_version():
+        refusal = STORE_OLDER if version < latest_version() else STORE_NEWER
+        raise Unavailable(refusal.format(without_password(path), version, latest_version()))
+
+
+def told_by(read: Callable, server: bool = False) -> tuple[int | None, str]:
+    """The version of a database, None if it is not ours, 0 if it is empty; the id of the store.
+
+    Args:
+      read: runs one statement
+      server: whether it is PostgreSQL's
+    """
+    tables = {name for name, in read(TABLES_OF_SERVER if server else TABLES_OF_FILE)}
     if not tables:
-        return OURS, 0, ''
-    if not {'fact', 'reservation', 'occurrence'} <= tables or application not in (0, OURS):
-        return application, None, ''
-    found = connection.execute("SELECT value FROM fact WHERE name = 'store'").fetchone()
-    return OURS, version, found[0] if found else ''
+        return 0, ''
+    if not {'fact', 'reservation', 'occurrence'} <= tables:
+        return None, ''
+    facts = dict(read('SELECT name, value FROM fact'))
+    store = facts.get('store', '')
+    if server:
+        return int(facts['version']) if 'version' in facts else None, store
+    application, version = (read(f'PRAGMA {each}').fetchone()[0]
+                            for each in ('application_id', 'user_version'))
+    return version if application in (0, OURS) else None, store
 
 
-def told_by_server() -> tuple[int, int | None, str]:
-    """The same of a database of PostgreSQL."""
-    version = db.version()
-    if version:
-        return OURS, version, fact('store')
-    return (0, None, '') if db.get_tables() else (OURS, 0, '')
+TABLES_OF_FILE = "SELECT name FROM sqlite_master WHERE type = 'table'"
+TABLES_OF_SERVER = 'SELECT tablename FROM pg_tables WHERE schemaname = ANY (current_schemas(FALSE))'
 
 
 def close_store() -> None:
@@ -4885,7 +4907,7 @@ def close_store() -> None:
 def make_tables() -> None:
     """Makes the tables of an empty database, unless another process was faster."""
     with transaction():
-        if not db.version():
+        if not told_by(run, not db.in_files)[0]:
             db.create_tables(map(Late.model, TABLES))
             finish_tables()
             insert(Fact, name='store', value=secrets.token_hex(4))
@@ -4971,23 +4993,32 @@ def remember(file: str, store: str) -> None:
 
 def write_key(file: str, *said: str) -> None:
     """Writes a key, all of it or nothing."""
-    part = f'{file}.{secrets.token_hex(4)}'
     try:
-        make_private(part)
-        with open(part, 'w', encoding='ascii') as lines:
+        with whole_file(file) as part, open(part, 'w', encoding='ascii') as lines:
             lines.write('\n'.join([*said, '']))
             lines.flush()
             os.fsync(lines.fileno())
-        os.replace(part, file)
     except OSError as error:
-        with suppress(OSError):
-            os.remove(part)
         raise Unavailable(f"Cannot write the key '{file}': {first_line(error)}") from None
 
 
 def make_private(path: str) -> None:
     """Makes an empty file that only its owner can read; FileExistsError if there is one."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """An empty file that takes the place of another one when it is complete, or is gone."""
+    part = f'{path}.{secrets.token_hex(4)}'
+    try:
+        make_private(part)
+        yield part
+        os.replace(part, path)
+    finally:
+        for side in SIDES:
+            with suppress(OSError):
+                os.remove(part + side)
 
 
 # Copies, migrations and restored stores.
@@ -4998,34 +5029,43 @@ def copy_store(source: str, target: str) -> None:
     if is_server(source):
         copy_rows(source, target)
         return
-    if os.path.exists(target):
+    with (place_of_copy(source, target) as part,
+          closing(connect(source)) as old, closing(connect(part)) as new):
+        old.backup(new)
+        new.execute('PRAGMA journal_mode = DELETE')  # a copy is one file
+
+
+@contextmanager
+def place_of_copy(source: str, target: str) -> Iterator[str]:
+    """Where a copy is written, which is whole or not at all; Conflict if the target is there."""
+    if not is_server(target) and os.path.exists(target):
         raise Conflict(f"'{target}' already exists. Choose another name.")
-    part = f'{target}.{secrets.token_hex(4)}'
     try:
-        make_private(part)
-        with closing(connect(source)) as old, closing(connect(part)) as new:
-            old.backup(new)
-            new.execute('PRAGMA journal_mode = DELETE')  # a copy is one file
-        os.replace(part, target)
-    except (OSError, sqlite3.Error) as error:
-        raise Unavailable(f"Cannot copy '{source}' to '{target}': {first_line(error)}") from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+        with nullcontext(target) if is_server(target) else whole_file(target) as part:
+            yield part
+    except (OSError, *STORE_ERRORS) as error:
+        raise Unavailable(f"Cannot copy '{without_password(source)}' to "
+                          f"'{without_password(target)}': {first_line(error)}") from None
 
 
 @contextmanager
 def reading(path: str) -> Iterator[Callable]:
     """Reads a database of any engine as it is at one instant, beside the one that is open."""
-    if is_server(path):
-        with closing(psycopg().connect(path, autocommit=True, **OF_CONNECTIONS)) as source:
-            source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
-            # a cursor with a name leaves the rows on the server until they are fetched
-            yield lambda sql: source.cursor(f'read_{secrets.token_hex(4)}').execute(sql)
-    else:
+    if not is_server(path):
         with closing(connect(path)) as source:
             source.execute('BEGIN')
             yield source.execute
+        return
+    engine = PostgreSQL(path)
+    try:
+        source = engine.connection()
+        source.execute('BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY')
+        # a cursor with a name leaves the rows on the server until they are fetched
+        yield lambda sql: source.cursor(f'read_{secrets.token_hex(4)}').execute(sql)
+    except (psycopg().Error, *STORE_ERRORS) as error:
+        raise in_trouble(error) or of_peewee(error) from error
+    finally:
+        engine.close_all()
 
 
 def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
@@ -5034,62 +5074,27 @@ def copy_rows(source: str, target: str, watch: Callable = iter) -> dict:
     Args:
       watch: shows to people how far it is, of a list that it goes through
     """
-    refuse_version(source)
-    part = target
-    if not is_server(target):
-        if os.path.exists(target):
-            raise Conflict(f"'{target}' already exists. Choose another name.")
-        part = f'{target}.{secrets.token_hex(4)}'
-    try:
-        if part != target:
-            make_private(part)
+    refuse_version(source, version_of(source))
+    with place_of_copy(source, target) as part:
         with reading(source) as read, opened(part), transaction():
             refuse_full(target)
             number = fill_tables(read, watch)
-        if part != target:
+        if not is_server(target):
             leave_wal(part)
-            os.replace(part, target)
-    except (OSError, *STORE_ERRORS, *([psycopg().Error] if is_server(source) else [])) as error:
-        raise Unavailable(f"Cannot copy '{without_password(source)}' to "
-                          f"'{without_password(target)}': {first_line(error)}") from None
-    finally:
-        for side in SIDES if part != target else ():
-            with suppress(FileNotFoundError):
-                os.remove(part + side)
     return {'rows': number}
 
 
 def refuse_full(target: str) -> None:
     """Conflict if the database that is open has tables, of cmres or others."""
-    if db.version() or told_by_server()[1] is None:
+    if told_by(run, not db.in_files)[0] != 0:
         raise Conflict(f"The database '{without_password(target)}' is not empty. Choose another "
                        'one.')
 
 
-def refuse_version(path: str) -> None:
-    """Unavailable if a database is not of this version: what would be copied is not known."""
-    if (version := version_of(path)) != latest_version():
-        refusal = STORE_OLDER if version < latest_version() else STORE_NEWER
-        raise Unavailable(refusal.format(without_password(path), version, latest_version()))
-
-
 def fill_tables(read: Callable, watch: Callable) -> int:
     """Makes the tables of an empty database, with the rows of another one; how many these are."""
-    total = 0
     db.create_tables(map(Late.model, TABLES))
-    for model in watch(TABLES):
-        fields = {each.column_name: each for each in model._meta.sorted_fields}
-        table = model._meta.table_name
-        cursor = read(f'SELECT {quoted(fields)} FROM {table}')
-        while many := cursor.fetchmany(1000):
-            db.write_many(table, [*fields], many)
-            total += len(many)
-        wrote, = run(f'SELECT count(*) FROM {table}').fetchone()
-        there, = read(f'SELECT count(*) FROM {table}').fetchone()
-        if wrote != there:
-            raise Unavailable(f'Of {there} rows of {table} {wrote} were copied. Nothing was saved.')
-        if isinstance(model._meta.primary_key, peewee.AutoField) and not db.in_files:
-            run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
+    total = sum(fill_table(model, read) for model in watch(TABLES))
     run("DELETE FROM fact WHERE name = 'version'")
     finish_tables()
     if not db.in_files:  # else it finds its ways badly until it has counted by itself
@@ -5097,10 +5102,35 @@ def fill_tables(read: Callable, watch: Callable) -> int:
     return total
 
 
+def fill_table(model: type[Table], read: Callable) -> int:
+    """Writes all rows of a table of another database; how many these are."""
+    table, columns = model._meta.table_name, columns_in(model)
+    cursor = read(f'SELECT {quoted(columns)} FROM {table}')
+    while many := cursor.fetchmany(1000):
+        db.write_many(table, columns, many)
+    wrote, = run(f'SELECT count(*) FROM {table}').fetchone()
+    there, = read(f'SELECT count(*) FROM {table}').fetchone()
+    if wrote != there:
+        raise Unavailable(f'Of {there} rows of {table} {wrote} were copied. Nothing was saved.')
+    if isinstance(model._meta.primary_key, peewee.AutoField) and not db.in_files:
+        run(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), max(id)) FROM {table}")
+    return wrote
+
+
+def columns_in(model: type[Table]) -> list[str]:
+    """The columns of a table, as its model says."""
+    return [each.column_name for each in model._meta.sorted_fields]
+
+
 @contextmanager
 def alone_with(path: str) -> Iterator[None]:
     """Holds a database for this process alone, also against older programs, which know no lock."""
     close_store()
+    if is_server(path):
+        with opened(path):
+            wait_for_others(path)
+            yield
+        return
     lock = lock_store(path, alone=True)
     try:
         if os.path.exists(path):
@@ -5130,18 +5160,15 @@ def opened(path: str) -> Iterator[None]:
         db.initialize(before)
 
 
-@contextmanager
-def alone_on_server(url: str) -> Iterator[None]:
-    """The same, while no other process of cmres is connected to it."""
-    close_store()
-    with opened(url):
-        until = time.monotonic() + 1  # who has left just now may be there for a moment
-        while run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
-                  "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
-            if time.monotonic() >= until:
-                raise Unavailable(IN_USE.format(without_password(url)))
-            time.sleep(0.02)
-        yield
+def wait_for_others(url: str) -> None:
+    """Unavailable if another process of cmres is connected to the server's database that is open.
+    """
+    until = time.monotonic() + 1  # who has left just now may be there for a moment
+    while run("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND "
+              "application_name = 'cmres' AND pid <> pg_backend_pid()").fetchone():
+        if time.monotonic() >= until:
+            raise Unavailable(IN_USE.format(without_password(url)))
+        time.sleep(0.02)
 
 
 def leave_wal(path: str) -> None:
@@ -5150,7 +5177,7 @@ def leave_wal(path: str) -> None:
         with closing(connect(path, timeout=1)) as connection:
             connection.execute('PRAGMA journal_mode = DELETE').fetchone()
     except sqlite3.Error as error:
-        if error.sqlite_errorcode & 0xff == sqlite3.SQLITE_BUSY:
+        if code_of(error) == sqlite3.SQLITE_BUSY:
             raise Unavailable(IN_USE.format(path)) from None
         raise
 
@@ -5162,21 +5189,17 @@ def migrate_store(path: str) -> dict | None:
     before = version_of(path)
     if not 0 < before < latest_version():
         return None
-    if is_server(path):
-        with alone_on_server(path):
-            run_migrations(before)
-        return {'database': without_password(path), 'before': before, 'after': latest_version()}
+    answer = {'database': without_password(path), 'before': before, 'after': latest_version()}
     with alone_with(path):
-        copy = f'{path}.version-{before}-{stamp()}'
-        copy_store(path, copy)
-        db.init(file_uri(path), timeout=PATIENT, uri=True)
-        try:
+        if not is_server(path):
+            answer['copy'] = f'{path}.version-{before}-{stamp()}'
+            copy_store(path, answer['copy'])
+        with opened(path):
             run_migrations(before)
-        finally:
-            db.close()
+    if not is_server(path):
         with suppress(PermissionError):  # of another user's file, who can do it himself
             os.chmod(path, 0o600)  # older programs let everybody read it
-    return {'database': path, 'before': before, 'after': latest_version(), 'copy': copy}
+    return answer
 
 
 def run_migrations(before: int) -> None:
@@ -5189,12 +5212,9 @@ def run_migrations(before: int) -> None:
 
 def version_of(path: str) -> int:
     """The version of a database of ours; 0 of any other file, and of none."""
-    if is_server(path):
-        with opened(path):
-            return told_by_server()[1] or 0
     try:
-        with closing(connect(path)) as connection:
-            return told_by(connection)[1] or 0
+        with reading(path) as read:
+            return told_by(read, is_server(path))[0] or 0
     except sqlite3.Error as error:
         if code_of(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB):
             return 0
@@ -5208,45 +5228,35 @@ def stamp() -> str:
 
 def verify_store(path: str) -> dict:
     """Reads all of a database file: its version and number of reservations, or Unavailable."""
-    if is_server(path):
-        with opened(path):
-            _, version, store = told_by_server()
-            count = row('SELECT count(*) AS number FROM reservation').number if version else 0
-        refuse_no_store(without_password(path), version)
-        return {'file': without_password(path), 'version': version, 'store': store,
-                'reservations': count, 'result': 'ok'}
-    if not os.path.exists(path):
+    if is_missing(path):
         raise NotFound(f"There is no file '{path}'.")
+    name = without_password(path)
     try:
-        with closing(connect(path)) as connection:
-            faults = damage_of(connection, 'integrity_check') or loose_row(connection)
-            _, version, store = told_by(connection)
-            count = connection.execute('SELECT count(*) FROM reservation') if version else [(0,)]
-            found = {'version': version, 'store': store, 'reservations': next(iter(count))[0]}
+        with reading(path) as read:
+            faults = '' if is_server(path) else (damage_of(read, 'integrity_check')
+                                                 or loose_row(read))
+            version, store = told_by(read, is_server(path))
+            count, = read('SELECT count(*) FROM reservation').fetchone() if version else (0,)
     except sqlite3.Error as error:
         raise Unavailable(f"'{path}' is damaged or not a database: {error}") from None
     if faults:
         raise Unavailable(f"'{path}' is damaged: {faults}")
-    refuse_no_store(path, version)
-    return {'file': path} | found | {'result': 'ok'}
-
-
-def refuse_no_store(path: str, version: int | None) -> None:
-    """Unavailable for the version of what is no store."""
     if not version:
         what = 'not a database of cmres' if version is None else 'empty'
-        raise Unavailable(f"'{path}' is {what}. Name a database or a backup of cmres.")
+        raise Unavailable(f"'{name}' is {what}. Name a database or a backup of cmres.")
+    return {'file': name, 'version': version, 'store': store, 'reservations': count,
+            'result': 'ok'}
 
 
-def loose_row(connection: sqlite3.Connection) -> str:
+def loose_row(read: Callable) -> str:
     """Which table has a row that points to one that is not there; '' if none has."""
-    found = connection.execute('PRAGMA foreign_key_check').fetchone()
+    found = read('PRAGMA foreign_key_check').fetchone()
     return f'a row of {found[0]} points to one that is not there' if found else ''
 
 
-def damage_of(connection: sqlite3.Connection, check: str = 'quick_check') -> str:
+def damage_of(read: Callable, check: str = 'quick_check') -> str:
     """What SQLite finds wrong with a file; '' if nothing."""
-    found = [each[0] for each in connection.execute(f'PRAGMA {check}(3)')]
+    found = [each for each, in read(f'PRAGMA {check}(3)')]
     return '' if found == ['ok'] else shown('; '.join(found))
 
 
@@ -5258,37 +5268,40 @@ def restore_store(path: str, copy: str, key: str = '') -> dict:
     mark is used twice.
     """
     found = verify_store(copy)
-    if found['version'] > latest_version():
-        raise Unavailable(STORE_NEWER.format(copy, found['version'], latest_version()))
-    if is_server(path):
-        return restore_on_server(path, copy, key_file(path, key), found)
+    if is_server(path) or found['version'] > latest_version():
+        refuse_version(copy, found['version'])
     with alone_with(path):
-        part = f'{path}.restored-{stamp()}'
-        try:
-            copy_store(copy, part)
-            with closing(connect(part)) as connection:
-                note_restored(connection.execute)
-            aside = set_aside(path)
-            os.rename(part, path)
-        except OSError as error:
-            raise Unavailable(f"Cannot put '{copy}' where '{path}' is: "
-                              f'{first_line(error)}') from None
-        finally:
-            with suppress(FileNotFoundError):
-                os.remove(part)
+        aside = restore_rows(path, copy) if is_server(path) else restore_file(path, copy)
         remember(key_file(path, key), found['store'])
-    answer = {'database': path, 'from': copy, 'reservations': found['reservations']}
-    return answer | ({'before': aside} if os.path.exists(aside) else {})
+    answer = {'database': without_password(path), 'from': copy,
+              'reservations': found['reservations']}
+    return answer | ({'before': aside} if aside else {})
 
 
-def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
-    """The same on PostgreSQL; what was there is kept in a schema beside it."""
-    if found['version'] != latest_version():
-        raise Unavailable(STORE_OLDER.format(copy, found['version'], latest_version()))
+def restore_file(path: str, copy: str) -> str:
+    """Puts a copy in the place of a file; the name of that one now, '' if there was none."""
+    part = f'{path}.restored-{stamp()}'
+    try:
+        copy_store(copy, part)
+        with closing(connect(part)) as connection:
+            note_restored(connection.execute)
+        aside = set_aside(path)
+        os.rename(part, path)
+    except OSError as error:
+        raise Unavailable(f"Cannot put '{copy}' where '{path}' is: {first_line(error)}") from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(part)
+    return aside if os.path.exists(aside) else ''
+
+
+def restore_rows(url: str, copy: str) -> str:
+    """Puts the rows of a copy in the place of those on PostgreSQL, in one transaction; in which
+    schema these are now, '' if there were none.
+    """
     aside = f'before_{stamp().replace(".", "_").lower()}'
-    # all of it or nothing: what fails midway leaves what was there, where it was
-    with alone_on_server(url), reading(copy) as read, transaction():
-        there = db.version()
+    with reading(copy) as read, transaction():
+        there, _ = told_by(run, True)
         if there:
             schema = quoted(run('SELECT current_schema()').fetchone())
             run(f'ALTER SCHEMA {schema} RENAME TO {aside}')
@@ -5296,10 +5309,7 @@ def restore_on_server(url: str, copy: str, key: str, found: dict) -> dict:
         refuse_full(url)
         fill_tables(read, iter)
         note_restored(execute)
-    remember(key, found['store'])
-    answer = {'database': without_password(url), 'from': copy,
-              'reservations': found['reservations']}
-    return answer | ({'before': f'schema {aside}'} if there else {})
+    return f'schema {aside}' if there else ''
 
 
 def set_aside(path: str) -> str:
@@ -5315,8 +5325,7 @@ def note_restored(execute: Callable) -> None:
     """Notes it by what runs a statement."""
     last = execute('SELECT coalesce(max(id), 0) FROM server', ()).fetchone()[0]
     for fact in ('restored', f'{int(time.time())}'), ('next server', f'{last + 1_000_000}'):
-        execute('INSERT INTO fact (name, value) VALUES (?, ?) '
-                'ON CONFLICT (name) DO UPDATE SET value = excluded.value', fact)
+        execute(NOTE_FACT, fact)
 
 
 def next_server() -> int:
@@ -5333,8 +5342,11 @@ def fact(name: str) -> str:
 
 def note_fact(name: str, value: str) -> None:
     """Notes a fact, in the place of what it was before."""
-    run('INSERT INTO fact (name, value) VALUES (?, ?) '
-        'ON CONFLICT (name) DO UPDATE SET value = excluded.value', name, value)
+    run(NOTE_FACT, name, value)
+
+
+NOTE_FACT = ('INSERT INTO fact (name, value) VALUES (?, ?) '
+             'ON CONFLICT (name) DO UPDATE SET value = excluded.value')
 
 
 #: The columns that the store got while its version was 1, by their types.
@@ -5766,7 +5778,7 @@ MIGRATIONS: list[Callable | str] = [
 
 STORE_ERRORS = (peewee.DatabaseError, sqlite3.Error)
 DAMAGED = 'The database is damaged: {}. Stop cmres and restore a backup with `store restore FILE`.'
-#: What SQLite's errors mean to people. Any other is a mistake of ours.
+#: What errors mean to people, by SQLite's codes. Any other is a mistake of ours.
 TROUBLES = {
     sqlite3.SQLITE_BUSY: f'The database was busy for {PATIENT} seconds. Nothing was changed. Try '
                          'again.',
@@ -5784,22 +5796,27 @@ TROUBLES = {
     sqlite3.SQLITE_CORRUPT: DAMAGED, sqlite3.SQLITE_NOTADB: DAMAGED}
 
 
-LOST, LACKING, READ_ONLY = '08', '53', '25006'
+LOST, STOPPED, EXHAUSTED, READ_ONLY = '08', '57P', '53', '25006'
 IDLE_TOO_LONG = '25P03'  # somebody was frozen in a transaction: the connection is lost
 #: The same of PostgreSQL, by how its codes begin.
 SERVER_TROUBLES = {
     LOST: 'The connection to the database was lost: {}. Try again.',
-    '57P': 'The database stops or starts: {}. Try again in a minute.',
+    STOPPED: 'The database stops or starts: {}. Try again in a minute.',
     IDLE_TOO_LONG: 'The database has ended what took too long: {}. Nothing was changed. Try '
                    'again.',
-    LACKING: 'The database has too little of something: {}. Nothing was changed. An operator must '
-          'look at the server.',
+    EXHAUSTED: 'The database has too little of something: {}. Nothing was changed. An operator '
+               'must look at the server.',
     **dict.fromkeys(('40', '55P03', '57014'), TROUBLES[sqlite3.SQLITE_BUSY]),
     READ_ONLY: 'The database is read-only: {}. Nothing was changed. An operator must name the '
              'server that can be written to.',
     '42501': 'The database does not allow it: {}. Nothing was changed. An operator must grant it '
              'to the role of cmres.',
     '28': 'The database does not let cmres in: {}. An operator must look at its settings.'}
+TROUBLES |= SERVER_TROUBLES
+#: After these, no write will do for a while.
+LASTING = (sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
+           sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, EXHAUSTED,
+           READ_ONLY)
 
 
 def trouble(error: BaseException) -> Unavailable | None:
@@ -5822,42 +5839,33 @@ def engine_error(error: BaseException) -> BaseException | None:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a connection to PostgreSQL was lost, or could not be made since it starts."""
-    return str(code_of(engine_error(error))).startswith((LOST, '57P', IDLE_TOO_LONG))
+    return code_of(error) in (LOST, STOPPED, IDLE_TOO_LONG)
 
 
-def code_of(cause: BaseException | None) -> int | str | None:
-    """The code of the engine's own error; of SQLite's, the rest of it is for experts."""
-    if cause is None or hasattr(cause, 'sqlstate'):
-        return cause and (cause.sqlstate or LOST)
-    return cause.sqlite_errorcode & 0xff
+def code_of(error: BaseException) -> int | str | None:
+    """The code of the engine's own error, as TROUBLES has it; the rest of it is for experts."""
+    cause = engine_error(error)
+    if cause is None:
+        return None
+    if hasattr(cause, 'sqlite_errorcode'):
+        return cause.sqlite_errorcode & 0xff
+    if not cause.sqlstate:  # the server has said nothing
+        is_cut = isinstance(of_peewee(cause), (peewee.OperationalError, peewee.InterfaceError))
+        return LOST if is_cut else None
+    return next((each for each in SERVER_TROUBLES if cause.sqlstate.startswith(each)), None)
 
 
 def in_trouble(error: BaseException) -> Unavailable | None:
     """What the engine's own error says of the store."""
-    cause = engine_error(error)
-    code = code_of(cause)
-    if isinstance(code, str):
-        return server_in_trouble(cause, code)
+    cause, code = engine_error(error), code_of(error)
     if code not in TROUBLES:
         return None
     store_file.troubles += 1
-    sentence = TROUBLES[code].format(f'{cause} ({cause.sqlite_errorname})')
+    name = getattr(cause, 'sqlite_errorname', '') or cause.sqlstate or 'no connection'
+    sentence = TROUBLES[code].format(f'{first_line(cause)} ({name})')
     if TROUBLES[code] is DAMAGED:
         store_file.damage = sentence
-    elif code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        store_file.failed = sentence, time.monotonic()
-    return Unavailable(sentence)
-
-
-def server_in_trouble(cause: BaseException, state: str) -> Unavailable | None:
-    """The same of PostgreSQL's error, by its code."""
-    code = next((each for each in SERVER_TROUBLES if state.startswith(each)), None)
-    if not code:
-        return None
-    store_file.troubles += 1
-    name = cause.sqlstate or 'no connection'
-    sentence = SERVER_TROUBLES[code].format(f'{first_line(cause)} ({name})')
-    if code in (LACKING, READ_ONLY):
+    if code in LASTING:
         store_file.failed = sentence, time.monotonic()
     return Unavailable(sentence)
 
@@ -5869,9 +5877,9 @@ def look_for_damage(path: str) -> str:
     store_file.check()
     try:
         with closing(connect(path)) as connection:
-            return damage_of(connection)
+            return damage_of(connection.execute)
     except sqlite3.Error as error:
-        if error.sqlite_errorcode & 0xff not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if code_of(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise
         return f'{error}'
 
@@ -5931,13 +5939,8 @@ def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[No
             yield
             write_memories()
         return
-    began = time.monotonic()
-    if db.in_files and not turns.acquire(PATIENT, first):
-        raise Unavailable(TROUBLES[sqlite3.SQLITE_BUSY])
     try:
-        locked.on = None if db.in_files else on
-        METRICS.observe('lock_wait_seconds', time.monotonic() - began)
-        with watched():
+        with db.writing(first, on):
             try:
                 yield
                 write_memories()
@@ -5945,10 +5948,6 @@ def transaction(first: bool = False, on: frozenset | None = None) -> Iterator[No
                 forget_memories()
     except STORE_ERRORS as error:
         raise of_store(error)
-    finally:
-        locked.on = None
-        if db.in_files:
-            turns.release()
 
 
 def some_of(left: deque, whole: bool = False) -> Iterator:
@@ -5962,26 +5961,6 @@ def some_of(left: deque, whole: bool = False) -> Iterator:
             return
 
 
-@contextmanager
-def watched() -> Iterator[None]:
-    """A transaction that writes to the files that cmres has opened, or not at all."""
-    if not db.in_files:
-        with db.atomic():
-            yield
-        store_file.failed = '', 0.0
-        return
-    store_file.check()
-    number = 0
-    with db.atomic():
-        before = db.connection().total_changes
-        yield
-        if db.connection().total_changes > before:
-            number = int(run(COUNT_WRITE).fetchone()[0])
-            store_file.confirm()
-    if number:
-        store_file.acknowledge(number)
-
-
 #: Each write has a number, by which a database file tells how old it is.
 LAST_WRITE = "SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'writes'"
 COUNT_WRITE = """INSERT INTO fact (name, value) VALUES ('writes', 1)
@@ -5993,9 +5972,8 @@ def of_store(error: Exception) -> Exception:
     cause = first_cause(error)
     # A connection that was opened while nothing could be written stays so: the next is a new one,
     # which may lead to the server that can be written to now.
-    code = code_of(engine_error(cause))
-    if code in (sqlite3.SQLITE_READONLY, READ_ONLY) and not db.in_transaction():
-        db.close() if db.in_files else db.leave_lost()
+    if code_of(cause) in (sqlite3.SQLITE_READONLY, READ_ONLY) and not db.in_transaction():
+        db.leave_lost()
     return cause
 
 
@@ -6019,7 +5997,7 @@ def forget_memories() -> None:
 
 class Rehearsal(threading.local):
     """What this thread rehearses: to which tables it has written, the next ids there, and which
-    views there are."""
+    have a view there."""
     tables: frozenset | None = None
     ids: dict = {}
     stage: frozenset = frozenset()
@@ -6075,11 +6053,15 @@ def rehearsing() -> Iterator[None]:
 ON_STAGE = {'reservation', 'occurrence'}
 
 
+def stage_there() -> frozenset[str]:
+    """The tables for which this connection has a view of its own."""
+    return frozenset(name.removesuffix('_now') for name, in run(db.own_views))
+
+
 def set_stage() -> None:
     """Makes on this connection what rehearsals write to, as far as that is known."""
-    known = sorted(ON_STAGE)
-    rehearsal.stage = frozenset(db.views(map('{}_now'.format, known)))
-    if missing := [table for table in known if f'{table}_now' not in rehearsal.stage]:
+    rehearsal.stage = stage_there()
+    if missing := sorted(ON_STAGE - rehearsal.stage):
         with db.atomic(db.snapshot):
             for table in missing:
                 set_stage_of(table)
@@ -6088,7 +6070,7 @@ def set_stage() -> None:
 def set_stage_of(table: str) -> None:
     """Makes on this connection what rehearsals that write to a table need."""
     model, = (each for each in TABLES if each._meta.table_name == table)
-    columns = [each.column_name for each in model._meta.sorted_fields]
+    columns = columns_in(model)
     names, news = quoted(columns), ', '.join(f'NEW."{name}"' for name in columns)
     gone = f'INSERT INTO {table}_gone VALUES (OLD.id) ON CONFLICT DO NOTHING;'
     owner = """UPDATE occurrence_now SET of_project = NEW.project, of_user = NEW.user WHERE
@@ -6108,7 +6090,7 @@ def set_stage_of(table: str) -> None:
       DELETE FROM {table}_new WHERE id = OLD.id; {gone} END""")
     if table == 'reservation':
         run(TEXTS_NOW)
-    rehearsal.stage |= {f'{table}_now'}
+    rehearsal.stage |= {table}
     ON_STAGE.add(table)
 
 
@@ -6120,24 +6102,26 @@ TEXTS_NOW = f"""CREATE TEMP VIEW texts_now AS
      WHERE id IN (SELECT id FROM reservation_gone) AND {long_texts('g')} > 1000) x GROUP BY 1"""
 
 
-def rehearsed(sql: str) -> str:
-    """A statement as this thread's rehearsal runs it."""
-    if written := WRITTEN.match(sql):
-        note_written(written[1])
-    return rehearsed_text(sql, rehearsal.tables) if rehearsal.tables else sql
-
-
 def note_written(table: str) -> None:
-    """From now on what this thread's rehearsal has of a table is not what the store has."""
+    """A table is written to: what was read of it is forgotten; Lacking if that is not locked. From
+    now on, what this thread's rehearsal has of it is not what the store has.
+    """
+    if table in SELDOM:
+        remembered.change()
+    if locked.on is not None and table not in SHARED_TABLES:
+        raise Lacking(None)
+    if not rehearsal.on:
+        return
     if table not in REHEARSED:
         raise RuntimeError(f'{table} would be written to in a rehearsal')
-    if f'{table}_now' not in rehearsal.stage:
+    if table not in rehearsal.stage:
         set_stage_of(table)  # it goes with this transaction, but not those of later ones
     rehearsal.tables |= {table, *REHEARSED[table]}
 
 
 @functools.lru_cache(1000)
-def rehearsed_text(sql: str, tables: frozenset) -> str:
+def rehearsed(sql: str, tables: frozenset) -> str:
+    """A statement as a rehearsal runs it that has written to some tables."""
     sql = INDEXED.sub(lambda found: found[found[2] in tables], sql)
     return NAMED.sub(lambda found: f'{found[0]}_now' if found[2] in tables else found[0], sql)
 
@@ -6184,7 +6168,9 @@ def undone() -> Iterator[None]:
 
 def run(sql: str, *values) -> sqlite3.Cursor:
     """Runs one statement on this thread's connection, with peewee's kinds of errors."""
-    return execute(rehearsed(sql) if rehearsal.on else sql, values)
+    if written := WRITTEN.match(sql):
+        note_written(written[1])
+    return execute(rehearsed(sql, rehearsal.tables) if rehearsal.tables else sql, values)
 
 
 def run_new(sql: str, *values) -> int:
@@ -6194,8 +6180,6 @@ def run_new(sql: str, *values) -> int:
 
 def execute(sql: str, values: Iterable = ()):
     """Runs one statement as it stands."""
-    if locked.on is not None and (to := WRITTEN.match(sql)) and to[1] not in SHARED_TABLES:
-        raise Lacking(None)
     return db.run(sql, values)
 
 
@@ -6283,8 +6267,9 @@ def row_type(sql: str, cursor) -> Callable:
     """What makes rows of a query of its columns."""
     if len(ROW_TYPES) > 500:  # queries with lists of filters come in many forms
         ROW_TYPES.clear()
-    ROW_TYPES[sql] = row_of(tuple(column[0] for column in cursor.description))
-    return ROW_TYPES[sql]
+    made = row_of(tuple(column[0] for column in cursor.description))
+    ROW_TYPES[sql] = made  # another thread may forget it at once
+    return made
 
 
 @functools.cache
@@ -6295,8 +6280,6 @@ def row_of(names: tuple[str, ...]) -> Callable:
 
 def insert(model: type[Table], **values) -> int:
     """Writes a row and tells its id."""
-    if model._meta.table_name in SELDOM:
-        remembered.change()
     if not rehearsal.on:
         text, has_id = insert_text(model, tuple(values)), 'id' in model._meta.fields
         return run_new(text, *values.values()) if has_id else run(text, *values.values()) and 0
@@ -6320,8 +6303,8 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
         insert(model, **many[0])
         return
     table, instead = model._meta.table_name, ''
+    note_written(table)
     if rehearsal.on:
-        note_written(table)
         many, instead = [{'id': rehearsed_id(table), **each} for each in many], '_new'
     if many:
         names = dict.fromkeys(itertools.chain.from_iterable(many))
@@ -6331,8 +6314,6 @@ def insert_many(model: type[Table], many: list[dict]) -> None:
 
 def change(model: type[Table], id: int, **values) -> None:
     """Writes some columns of one row."""
-    if model._meta.table_name in SELDOM:
-        remembered.change()
     run(change_text(model, tuple(values)), *values.values(), id)
 
 
@@ -6360,9 +6341,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     """
     if rehearsal.on:
         return
-    about = {'reservation': reservation, 'occurrence': occurrence, 'project': '',
-             'resource': None} | refused
-    event = write_event(at, actor, code, sentence, about)
+    about = {'reservation': reservation, 'occurrence': occurrence} | refused
+    event = write_event(at, actor, code, sentence, **about)
     if reservation and (occurrence is None or occurrence > 0):
         by, which, id = ('', 'id', occurrence) if occurrence else (
             'INDEXED BY occurrence_series', '(due IS NULL) = FALSE AND reservation_id', reservation)
@@ -6373,7 +6353,8 @@ def journal(config: Config, at: float, actor: str, code: str, sentence: str,
     if config.webhook:
         send_later(event, [config.webhook], '', at)
     targets = [target for target in notify if config.may_tell(target)]
-    tell_owners(config, event, targets, about, actor, at)
+    if targets:
+        tell_owners(config, event, targets, about, actor, at)
 
 
 def newest_event() -> int:
@@ -6382,21 +6363,20 @@ def newest_event() -> int:
     return found.id if found else 0
 
 
-def write_event(at: float, actor: str, code: str, sentence: str, about: dict) -> int:
+def write_event(at: float, actor: str, code: str, sentence: str,
+                reservation: int | None = None, occurrence: int | None = None,
+                project: str = '', resource: int | None = None) -> int:
     """Appends an event; one of a reservation is of its project."""
     return run_new('INSERT INTO event (at, actor, code, sentence, reservation_id, occurrence, '
                    'project, resource_id) SELECT ?1, ?2, ?3, ?4, ?5, ?6, '
                    'coalesce((SELECT project FROM reservation WHERE id = ?5), ?7), ?8',
-                   at, actor, code, sentence, *(about[name] for name in (
-                       'reservation', 'occurrence', 'project', 'resource')))
+                   at, actor, code, sentence, reservation, occurrence, project, resource)
 
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
                 at: float) -> None:
     """Writes down the notices of an event for its owner; as many mails as a day may have."""
-    if not targets:
-        return
-    owner = owner_of(about['reservation']) or f"{about['project']}/{actor}"
+    owner = owner_of(about['reservation']) or f"{about.get('project', '')}/{actor}"
     mails = [target for target in targets if not is_web(target)]
     left = mails_left(config, owner, len(mails), at) if mails else 0
     may_go = mails[:max(left, 0)]
@@ -6406,7 +6386,7 @@ def tell_owners(config: Config, event: int, targets: list[str], about: dict, act
         tomorrow = config.told_time((at // 86400 + 1) * 86400)
         last = write_event(at, 'cmres', 'dropped', (
             f'{config.notices_per_day} mails were sent for {owner} today. No more are sent until '
-            f'{tomorrow}. The event log has everything.'), about)
+            f'{tomorrow}. The event log has everything.'), **about)
         send_later(last, mails, owner, at)
 
 
@@ -7028,7 +7008,6 @@ def call_waiting(resource: int, begin: float = 0, until: float = 2**62) -> None:
         if row('SELECT 1 AS one FROM wait WHERE limited LIMIT 1'):
             decide_on((On.LINE, 0))
             run('UPDATE wait SET due = 0 WHERE limited')
-        remembered.change()
 
 
 def release(resource: int, begin: int, until: int, amount: Amount, host: int = 0) -> None:
@@ -13244,10 +13223,9 @@ class Bookings:
         gone = [each for each in json.loads(before) if each not in json.loads(after)]
         if not gone or rehearsal.on:
             return
-        about = {'reservation': deal.old.reservation, 'occurrence': NONE_OF_THEM, 'project': '',
-                 'resource': None}
         event = write_event(now, self.service.actor.user, 'uninvited',
-                            f"no longer invited: {', '.join(gone)}", about)
+                            f"no longer invited: {', '.join(gone)}",
+                            deal.old.reservation, NONE_OF_THEM)
         for each in gone:
             insert(Outbox, event=event, target=each, owner=f'{deal.old.project}/{deal.old.user}',
                    due=now, tries=0, fault='', invites=True)
@@ -13408,7 +13386,6 @@ class Bookings:
                          reservation):
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
-        remembered.change()
 
     def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
         """Lets admins know that they must approve a reservation before an instant."""
@@ -15406,7 +15383,6 @@ class Plan(Operations):
             if not found:
                 raise NotFound(f'There is no limit {id}.')
             run('DELETE FROM limits WHERE id = ?', id)
-            remembered.change()
             run('UPDATE wait SET due = 0 WHERE limited')
             self.journal(now, 'limit', f'removed limit {id}')
             return shown_limit(found)
@@ -15872,7 +15848,6 @@ class Plan(Operations):
         last = [each.id for each in there[:-1][:place.spare]]
         run('UPDATE host SET spare = iif(id IN numbers(?), 1, 0) WHERE resource_id = ?',
             json.dumps(last), place.id)
-        remembered.change()
         self.rehouse(place.id, dict.fromkeys(last), now)
 
     def rehouse(self, resource: int, suspects: dict[int, bool], now: float,

@@ -3697,6 +3697,14 @@ def test_a_statement_means_the_same_on_both_engines(both):
                 assert (json.loads(found) if isinstance(answer, list) else found) == answer, (engine, sql)
 
 
+def test_rows_are_made_also_while_another_thread_forgets_how(world, monkeypatch):
+    class Forgetful(dict):
+        def __setitem__(self, sql, made):
+            """Another thread clears it at this instant."""
+    monkeypatch.setattr(cmres, 'ROW_TYPES', Forgetful())
+    assert cmres.row("SELECT 1 AS one, 'two' AS two") == (1, 'two')
+
+
 #: What SQLite alone understands, and what both do instead.
 OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), for_each', r'\bINSERT OR\b': 'ON CONFLICT',
              r'\bIS (NOT )?NULL\) = [01]': '= FALSE', r'\bWHERE 1\b': 'WHERE TRUE', r'\b1 << \d\d': 'the number itself',
@@ -4100,6 +4108,15 @@ def test_on_postgresql_writers_wait_only_for_those_who_decide_on_the_same_thing(
     assert house.check()['differences'] == 0
 
 
+def test_on_postgresql_the_time_is_measured_that_a_writer_waits_for_its_locks(house, at_once):
+    before, first = waited_to_write(), cmres.row("SELECT id FROM resource WHERE name = 'a'").id
+    with writing(at_once, (cmres.On.RESOURCE, first)):
+        same = at_once(lambda: house.reserve_there('lab', 'a'))
+        until_so(house.waits)
+        time.sleep(0.5)
+    assert same.result()['state'] == 'reserved' and waited_to_write() - before > 0.4
+
+
 #: Of each kind of lock: the rule that it makes sure of, who adds what at once, and what is broken without it.
 LOCKED_KINDS = {
     'RESOURCE': ('refuse_overbooking', [('x', 'a'), ('y', 'a')], {}),
@@ -4399,6 +4416,19 @@ def test_a_machine_of_postgresql_that_is_gone_is_given_up_within_seconds():
     """It closes no connection: without an end of its own, a request would wait for a quarter of an hour."""
     said = cmres.OF_CONNECTIONS
     assert said['keepalives_idle'] + said['keepalives_interval'] * said['keepalives_count'] <= 20 and said['tcp_user_timeout'] <= 20_000
+
+
+def test_a_mistake_that_the_library_of_postgresql_finds_is_no_lost_connection(house):
+    """It has no code of the server, as a lost connection has none."""
+    tries = []
+
+    def mistaken(on):
+        tries.append(on)
+        with cmres.transaction(on=on):
+            cmres.run("SELECT * FROM fact WHERE name = ?", 'a\0b')
+    with pytest.raises(peewee.DataError) as error:
+        cmres.persist(mistaken, None)
+    assert cmres.trouble(error.value) is None and len(tries) == 1
 
 
 def test_who_opened_a_connection_that_postgresql_lost_closes_the_new_one(house, server):
@@ -6752,7 +6782,7 @@ SMALL = {'resource': 'dozens', 'host': 'the machines of an operator', 'proposal'
          'limits': 'an operator writes them', 'fact': 'what the store knows of itself',
          'session': 'who is signed in', 'mailed': 'one a person', 'lease': 'one a cloud and scheduler',
          'json_each': 'given with the question', 'simulated_server': 'the cloud for trying things out',
-         'sqlite_master': 'the schema'}
+         'sqlite_master': 'the schema', 'sqlite_temp_master': 'what one connection has of its own'}
 #: Indexes of rows that are few at any time: they leave as soon as they are dealt with.
 FEW = {'wait_due': 'who waits', 'wait_limited': 'who waits', 'server_due': 'servers that exist', 'server_there': 'servers that exist', 'outbox_due': 'notices on their way',
        'claim_due': 'servers that exist', 'reservation_waiting': 'who waits', 'reservation_pending': 'who waits for a word'}
@@ -6927,8 +6957,8 @@ def test_a_rehearsal_stages_what_it_writes_to_also_where_that_is_undone(tmp_path
                     assert {each.vms for each in cmres.rows('SELECT vms FROM resource')} == {16}
                 cmres.run('UPDATE resource SET vms = 4')
             assert world.service.resource_show('demo')['vms'] == 16
-        views = {'reservation_now', 'occurrence_now', 'resource_now', 'texts_now'}
-        assert cmres.ON_STAGE == {'reservation', 'occurrence', 'resource'} and cmres.db.views([*views, 'host_now']) == views
+        assert cmres.ON_STAGE == {'reservation', 'occurrence', 'resource'}
+        assert cmres.stage_there() == {*cmres.ON_STAGE, 'texts'}
     finally:
         cmres.ON_STAGE = before
 
@@ -7272,6 +7302,29 @@ def test_who_waits_for_a_turn_in_vain_waits_no_longer():
     assert came == [False] and not turns.waiting
     turns.release()
     assert turns.acquire(0)
+
+
+def test_what_a_transaction_has_read_is_read_anew_whatever_statement_wrote_there(world):
+    id = cmres.row("SELECT id FROM resource WHERE name = 'demo'").id
+    with cmres.transaction():
+        assert cmres.resource_of(id).vms == 16 and not cmres.standing().limits
+        cmres.run('UPDATE resource SET vms = 3 WHERE id = ?', id)
+        assert cmres.resource_of(id).vms == 3
+
+
+def waited_to_write() -> float:
+    """For how long all have waited that write, as they measured it."""
+    return sum(value for name, _, value in cmres.METRICS.samples() if name == 'lock_wait_seconds_sum')
+
+
+@pytest.mark.sqlite  # which lets one write at a time
+def test_the_time_is_measured_that_a_writer_waits_for_another_process(world):
+    before = waited_to_write()
+    with contextlib.closing(cmres.connect(cmres.store_file.path)) as other:
+        other.execute('BEGIN IMMEDIATE')
+        threading.Timer(0.5, lambda: other.execute('COMMIT')).start()
+        book(world.service, 'lab', 1, 2)
+    assert waited_to_write() - before > 0.4
 
 
 MACHINES = {'flavor': 'm1.tiny', 'image': 'cirros', 'notify': ['eva@example.org']}
