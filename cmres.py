@@ -14459,11 +14459,21 @@ class Staged:
     def __init__(self, service: Service, name: str = ''):
         self.service, self.name = service, name or f'staged-{secrets.token_hex(8)}'
         # Of each piece the last reservation and event before it, and its own last ones.
-        self.pieces = json.loads(fact(name).partition(' ')[2] or '[]') if name else []
+        self.pieces = self.noted()
         self.dropping = False
 
+    def noted(self) -> list[list[int]]:
+        return json.loads(fact(self.name).partition(' ')[2] or '[]')
+
     def begin(self) -> None:
-        """Notes where a piece begins; all but `drop_all` are called inside a transaction."""
+        """Notes where a piece begins; all but `drop_all` are called inside a transaction.
+
+        NoCapacity if the life cycle has dropped those before it, as this process stood still.
+        """
+        left = self.noted()
+        if left != self.pieces:
+            self.pieces = left
+            raise NoCapacity('')
         self.before = self.newest()
 
     def newest(self) -> tuple:

@@ -7345,6 +7345,24 @@ def test_what_a_process_has_begun_to_load_before_it_died_is_dropped_in_a_minute(
     assert len(eva.load(lines_of(5, vms=1))['taken']) == 5
 
 
+@pytest.mark.parametrize('seconds', [59, 61])
+def test_a_load_whose_process_stood_still_for_so_long_that_it_was_dropped_reserves_nothing(world, monkeypatch, seconds):
+    def stands_still(piece):
+        if piece == 3:
+            world.now += seconds
+            world.cycle.settle()
+    eva = world.as_user()
+    lines = lines_of(5, vms=1, start=f'{NOON + hours(1)}', end=f'{NOON + hours(2)}')
+    between(monkeypatch, eva, stands_still)
+    if seconds > cmres.GOES_ON:
+        with pytest.raises(NoCapacity, match='Try again'):
+            eva.load(lines)
+        assert not cmres.rows('SELECT id FROM reservation')
+        assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.STAGED}')
+    assert len(eva.load(lines)['taken']) == 5 == cmres.row('SELECT count(*) AS n FROM reservation').n
+    assert world.service.check()['differences'] == 0
+
+
 @pytest.mark.parametrize('then', ['move', 'cancel', 'notify'])
 def test_between_those_that_a_maintenance_affects_others_write(world, monkeypatch, then):
     for number in range(5):
