@@ -15008,7 +15008,7 @@ class Requests(Operations):
         raise NotFound(f"'{found.label}' has no skipped occurrence in the "
                        f"future{f' on {on}' if on else ''}.")
 
-    def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
+    def alter(self, label: str, project: str, asked: dict, dry_run: bool,
               occurrence: datetime | None = None, alone: bool = True) -> dict:
         """Changes a reservation, whose cloud is asked before; `alone`: no later occurrence."""
         if not asked.keys() - {'tz'}:
@@ -15029,7 +15029,7 @@ class Requests(Operations):
                 if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
                         stretches and series != stretches):
                     return None
-                return self.altered(current, wish, asked, now, code, named, only)
+                return self.altered(current, wish, asked, now, 'updated', named, only)
             with self.shares.paced():
                 answer = self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
             if answer:
@@ -15353,7 +15353,7 @@ RESOURCE_ANEW = dict.fromkeys(PLACE, (Name, '')) | {
     'default_flavor': (Name, ''), 'default_image': (Name, ''), 'default_vms': (Figure, None)}
 RESOURCE_OTHERWISE = {name: (kind, None) for name, (kind, _) in RESOURCE_ANEW.items()}
 NEW_RESOURCE = dict.fromkeys((*RESOURCE_LENGTHS.values(), 'default_vms'), 0) | dict.fromkeys(
-    ('mode', 'classes', 'cloud', 'default_flavor', 'default_image'), '')
+    (*PLACE, 'mode', 'classes', 'named', 'default_flavor', 'default_image'), '') | {'hosts': '[]'}
 
 
 class Plan(Operations):
@@ -15415,7 +15415,7 @@ class Plan(Operations):
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
             new = NEW_RESOURCE | self.read_resource(NEW_RESOURCE, asked)
-            insert(Resource, name=name, **new, hosts='[]', named='', added=int(now))
+            insert(Resource, name=name, added=int(now), **new)
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name) | self.unknown_cloud(asked['cloud'])
 
@@ -15618,17 +15618,22 @@ class Plan(Operations):
                     f'hosts would be promised twice ({MARKS[1]} is {each.owner}). If that cmres '
                     f'is gone: openstack aggregate unset --property {MARKS[1]} {each.name}')
 
-    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False,
-                     searches: int = SEARCHES) -> list:
-        """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
-        end with lines, and without any line there is nothing to do."""
+    def after_search(self, deed: Callable[[float], Any], dry_run: bool = False,
+                     searches: int = SEARCHES) -> Any:
+        """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; what it
+        answers. Where that is nothing, there is nothing to do."""
         replans.found, replans.searches = {}, searches
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
                 done = deed(now)
-            if not any(each[-1] for each in done):
+            if not done:
                 break
         return done
+
+    def plan_elsewhere(self, place, suspects: dict[int, bool], now: float) -> bool:
+        """Plans elsewhere what is on some hosts, and tells whom that affects."""
+        self.see_whom_it_affects(place, suspects, [], True, now)
+        return True
 
     def follow(self, cloud: str, told: list[Aggregate]) -> None:
         """Lets the resources of a cloud be as it tells by now. Who has no host any more is told."""
@@ -15647,7 +15652,7 @@ class Plan(Operations):
                 each = each._replace(hosts={name: holds for name, holds in there
                                             if name in json.loads(found.hosts)})
             try:
-                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)],
+                self.after_search(lambda now: self.sync_one(cloud, each, {}, None, True, now)[1],
                                   searches=FEW_SEARCHES)
             except Conflict as error:
                 log.warning('%s', error)
@@ -15665,7 +15670,7 @@ class Plan(Operations):
         had = {name: before[name][:2] + [(*map(tuple, before[name][2]),), before[name][3]]
                for name in changed}
         other = {name: (Flavor(*had[name]), sizes[name]) for name in changed}
-        self.after_search(lambda now: [(self.resize(cloud, other, now),)], searches=FEW_SEARCHES)
+        self.after_search(lambda now: self.resize(cloud, other, now), searches=FEW_SEARCHES)
         with self.writing():
             note_fact(key, text)
 
@@ -15699,11 +15704,11 @@ class Plan(Operations):
 
     def make_way(self, clouds: set[str]) -> None:
         """Plans elsewhere what is on hosts where Nova has VMs that were planned elsewhere."""
-        def deed(now: float) -> list[tuple]:
+        def deed(now: float) -> bool:
             if not rehearsal.on:
                 run('DELETE FROM fact WHERE name = ?', name)
             place, host = resource_of(resource, removed=True), int(name.partition('-')[2])
-            return [(self.see_whom_it_affects(place, {host: False}, [], True, now), True)]
+            return self.plan_elsewhere(place, {host: False}, now)
         for name, resource in run(
                 'SELECT f.name, s.id FROM fact f JOIN resource s ON s.id = CAST(f.value AS INTEGER)'
                 " WHERE f.name > 'crowded-' AND f.name < 'crowded.' AND s.cloud IN names(?)",
@@ -15721,9 +15726,8 @@ class Plan(Operations):
             there = row('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
                         'held_until > ? AND placed LIKE ?', place.id, now, f'%"{each.id}":%')
             if there:
-                self.after_search(lambda now: [(
-                    self.see_whom_it_affects(place, gone, [], True, now), True)],
-                    searches=FEW_SEARCHES)
+                self.after_search(lambda now: self.plan_elsewhere(place, gone, now),
+                                  searches=FEW_SEARCHES)
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
@@ -15943,9 +15947,7 @@ class Plan(Operations):
     def add_synced(self, cloud: str, name: str, new: dict, now: float) -> None:
         """Makes the resource of an aggregate."""
         self.policy.refuse_taken_resource(name)
-        insert(Resource, **{'name': name, 'cell': '', 'cloud': cloud, 'region': '',
-                            'vms': None, 'mode': '', 'named': '',
-                            'added': int(now), 'hold': 0, 'approval': 0, 'no_show': 0} | new)
+        insert(Resource, name=name, added=int(now), **NEW_RESOURCE | new | {'cloud': cloud})
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
                      f"'{new['aggregate']}'")
 
@@ -17591,12 +17593,9 @@ class Records(Operations):
 
     def event_before(self, at: float) -> int:
         """The id of the last event before an instant; they are written in the order of time."""
-        low, high = 0, row('SELECT max(id) AS id FROM event').id or 0
-        while low < high:
-            middle = (low + high + 1) // 2
-            found = row('SELECT id, at FROM event WHERE id >= ? ORDER BY id LIMIT 1', middle)
-            low, high = (found.id, high) if found.at < at else (low, middle - 1)
-        return low
+        newest = row('SELECT max(id) AS id FROM event').id or 0
+        return bisect_left(range(newest), at, key=lambda id: row(
+            'SELECT at FROM event WHERE id > ? ORDER BY id LIMIT 1', id).at)
 
     @api('GET', '/punctuality/', 'punctuality --since 2026-11-01')
     def punctuality(self, since: When = None) -> PunctualityAnswer:
@@ -17691,8 +17690,7 @@ class Records(Operations):
                        ORDER BY start LIMIT {most}''', before, before)
         for each in old:
             self.forget_occurrence(each)
-        events = rows(f'''SELECT id, at, code, actor, project, resource_id, reservation_id
-                            FROM event e WHERE at < ?
+        events = rows(f'''SELECT * FROM event e WHERE at < ?
                            AND id < (SELECT max(id) FROM event) AND id <= (SELECT min(id)
                              FROM event) + {most}
                            AND NOT EXISTS (SELECT 1 FROM outbox WHERE event_id = e.id
@@ -17739,8 +17737,7 @@ class Records(Operations):
         run('DELETE FROM occurrence WHERE id = ?', old.id)
         id = old.reservation_id
         if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', id):
-            self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
-                                    'reservation_id FROM event WHERE reservation_id = ?', id))
+            self.forget_events(rows('SELECT * FROM event WHERE reservation_id = ?', id))
             run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
             run('DELETE FROM share WHERE reservation_id = ?', id)
             run('DELETE FROM reservation WHERE id = ?', id)
