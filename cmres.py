@@ -16154,27 +16154,26 @@ class Plan(Operations):
         return outcome
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
-        """Moves what has not begun elsewhere in its cloud, else to later: where it is now."""
-        if now >= found.held_from or found.server:
-            return None
-        here = resource_of(found.resource_id, removed=True)
-        others = [each for each in self.look.places() if each.cloud == here.cloud
-                  and each.id != here.id
-                  and not found.host and not each.approval and each.mode == here.mode]
-        wish = self.wishes.carried_on(found)
-        for place in others:
-            if self.moved_to(found, wish._replace(resource=place), now, alone=True):
-                return place.name, found.start
-        with self.bookings.as_if_without(found):
-            need = found.held_until - found.held_from
-            first = next((int(first) for first, _ in free_slots(
-                here, amount_of(found), found, found.held_from, LAST.timestamp(), need)),
-                         None)
-        start = found.start if first is None else first + found.lead
-        later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
-        if first is not None and self.moved_to(found, later, now, alone=True):
-            return here.name, start
+        """Moves what has not begun; where, and when it starts there."""
+        for wish in () if now >= found.held_from or found.server else self.elsewhere(found):
+            if self.moved_to(found, wish, now, alone=True):
+                return wish.resource.name, wish.start
         return None
+
+    def elsewhere(self, found) -> Iterator[Wish]:
+        """An occurrence on each other resource of its cloud, then later where it is now."""
+        here, wish = resource_of(found.resource_id, removed=True), self.wishes.carried_on(found)
+        for place in self.look.places() if not found.host else ():
+            alike = (place.cloud, place.mode) == (here.cloud, here.mode)
+            if alike and place.id != here.id and not place.approval:
+                yield wish._replace(resource=place)
+        with self.bookings.as_if_without(found):
+            slots = free_slots(here, amount_of(found), found, found.held_from, LAST.timestamp(),
+                               found.held_until - found.held_from)
+            later = next(slots, None)
+        if later:
+            start = int(later[0]) + found.lead
+            yield wish._replace(resource=here, start=start, end=start + found.end - found.start)
 
     def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
         """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise
@@ -16278,9 +16277,8 @@ class Plan(Operations):
                     f'AND NOT ({ON_HOSTS})', place.id)}
                 right = dict(held_steps(place.id))
                 steps_seen += len(right)
-                wrong = sorted(step for step in kept.keys() | right.keys()
-                               if kept.get(step) != right.get(step))
-                found = [(step, kept.get(step), right.get(step)) for step in wrong]
+                wrong = {step for step, _ in kept.items() ^ right.items()}
+                found = [(step, kept.get(step), right.get(step)) for step in sorted(wrong)]
                 found += differing_on_hosts(place.id, int(self.clock()))
                 differences += [{'resource': place.name, 'at': instant(step[1]), 'kept': had,
                                  'right': has} for step, had, has in found]
@@ -17510,16 +17508,15 @@ class Tokens(Operations):
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
             f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
-        ended = []
+        ends = {}
         if not roles:
-            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
-                              int(now), user, project).rowcount, 'feeds'))
-            ended.append((run(f'DELETE FROM share WHERE reservation_id IN ({OWNED_IN})', user,
-                              project).rowcount, 'shared pages'))
+            ends['feeds'] = f'UPDATE feed SET revoked = {int(now)} {mine} revoked IS NULL'
+            ends['shared pages'] = f'DELETE FROM share WHERE reservation_id IN ({OWNED_IN})'
         if not roles - {READER}:
-            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
-                              user, project).rowcount, 'subscriptions'))
-        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
+            ends['subscriptions'] = f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL'
+        ended = {what: run(sql, user, project).rowcount for what, sql in ends.items()}
+        return ''.join(f'; {number} {what} of {user} ended'
+                       for what, number in ended.items() if number)
 
 
 # Records #####################################################################
@@ -17563,6 +17560,12 @@ HOURS = f'''
                   FROM held h LEFT JOIN used u ON u.id = h.id)
   SELECT of, sum(reserved) / 3600.0, sum(used) / 3600.0, sum(max(reserved - used, 0)) / 3600.0,
          max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
+
+
+NAME_OF = '(SELECT name FROM resource s WHERE s.id = {})'.format
+#: By what a report sums up: of an occurrence, of what was refused, and of a forgotten day.
+SUMMED_BY = {'project': ('r.project', 'project', 'project'), 'user': ('r.user', 'actor', 'user'),
+             'resource': ('s.name', NAME_OF('resource_id'), NAME_OF('t.resource'))}
 
 
 class Records(Operations):
@@ -17638,45 +17641,39 @@ class Records(Operations):
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
         """
-        columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        refuse_unknown_word('group_by', group_by, columns)
+        refuse_unknown_word('group_by', group_by, SUMMED_BY)
+        of_held, of_refused, of_day = SUMMED_BY[group_by]
         now, lines = self.clock(), defaultdict(Counter)
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * DAY
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
         near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}')
                       for way, which in ways)
-        hours = HOURS.format(by=columns[group_by], own=f'TRUE{all_of(self.look.visible())}',
-                             near=near)
+        hours = HOURS.format(by=of_held, own=f'TRUE{all_of(self.look.visible())}', near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.look.visible()), now, now):
             lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'),
                                         map(float, figures))))
-        self.add_forgotten(lines, group_by, first, last)
-        name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
-        refused = {'project': 'project', 'user': 'actor',
-                   'resource': f"coalesce({name_then}, '')"}[group_by]
         mine = [] if self.actor.role == ADMIN else [self.actor.project]
-        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
-                               "project <> '' AND reservation_id IS NULL AND at >= ? AND at < ? "
-                               f"{'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+        own = 'AND project = ?' * len(mine)
+        self.add_forgotten(lines, of_day, first, last, own, *mine)
+        for name, count in run(f"SELECT coalesce({of_refused}, ''), count(*) FROM event WHERE "
+                               "code = 'refused' AND project <> '' AND reservation_id IS NULL AND "
+                               f'at >= ? AND at < ? {own} GROUP BY 1', first, last, *mine):
             lines[name]['refused'] += count
         return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
                  'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
                 for name, each in sorted(lines.items())]
 
-    def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
+    def add_forgotten(self, lines: dict, by: str, first: int, last: int, own: str, *mine) -> None:
         """Adds forgotten days to the lines of a report; of one that is cut, its share."""
-        mine = [] if self.actor.role == ADMIN else [self.actor.project]
-        by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
-              else by_whom)
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
         units = {'reserved': 3600, 'used': 3600, 'unused': 3600, 'refused': 1}
         sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in units.items())
         for name, *figures, late in run(
                 f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t WHERE day > ?1 - {DAY} "
-                f"AND day < ?2 {'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+                f'AND day < ?2 {own} GROUP BY 1', first, last, *mine):
             lines[name].update(dict(zip(units, figures)))
             lines[name]['late'] = max(lines[name]['late'], late)
 
