@@ -14825,10 +14825,14 @@ class Requests(Operations):
         if not label:
             raise Invalid('Choose a reservation by its label, or the VMs that stayed after their '
                           'end.', hint='LABEL or --kept')
-        found = self.look.parts_of(label, project)
-        return [line for each in found or [None] for line in self.look.servers_of(self.look.mine(
-            each.label if each else label, each.project if each else project, live=False,
-            occurrence=occurrence).id)]
+        found = self.each_of(label, project, live=False, occurrence=occurrence)
+        return [line for each in found for line in self.look.servers_of(each.id)]
+
+    def each_of(self, label: str, project: str, **which) -> list:
+        """The reservation that a label means, or each part of such a request."""
+        parts = self.look.parts_of(label, project)
+        return ([self.look.mine(each.label, each.project, **which) for each in parts]
+                or [self.look.mine(label, project, **which)])
 
     @api('GET', '/reservation/<label>/duration', 'duration lab')
     @for_each_part
@@ -15167,8 +15171,7 @@ class Requests(Operations):
     def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
                           now: float) -> list[dict]:
         """Cancels an occurrence, of a group that of each part, or that and all after it."""
-        labels = [part.label for part in self.look.parts_of(label, project)] or [label]
-        found = [self.look.mine(each, project, occurrence=occurrence) for each in labels]
+        found = self.each_of(label, project, occurrence=occurrence)
         for each in found:
             self.admission.cancel(self.look.live(each, each.slot) if following else [each],
                                   now, ends=following)
@@ -15312,7 +15315,7 @@ class Requests(Operations):
             amount = (self.wishes.each_takes(known, place) + by_hand) * vms
             slots = free_slots(place, amount, None, begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
-                      for (first, last), _ in zip(slots, range(limit))]
+                      for first, last in itertools.islice(slots, limit)]
         if len(refusals) == len(places):
             raise refusals[0]
         return [{'resource': name, 'start': instant(int(first)), 'until': instant(int(last)),

@@ -12318,6 +12318,16 @@ def test_parts_and_hosts_may_be_a_series(named):
     assert named.service.check()['differences'] == 0
 
 
+def test_an_occurrence_of_a_request_is_cancelled_also_where_another_project_has_the_label_of_a_part(world):
+    eva, bob = world.as_user(), world.as_user('bob', 'chemistry')
+    first = NOON + hours(24)
+    eva.add('exam', start=first, end=hours(1), part='demo:1,demo:2', resource='-', repeat='daily', count=3)
+    book(bob, 'exam-1', 24, 25)
+    cancelled = world.service.delete('exam', occurrence=first.date())
+    assert [(each['label'], each['project']) for each in cancelled] == [('exam-1', 'biology'), ('exam-2', 'biology')]
+    assert labels(bob.list()) == ['exam-1']
+
+
 def test_a_series_with_parts_takes_resources_where_each_occurrence_has_room(world):
     regions(world, a1=2, a2=5)
     book(world.service, 'block', start=26, end=27, resource='a1', vms=1)
