@@ -14620,14 +14620,19 @@ class Requests(Operations):
 
     def wishes_of(self, asked: dict) -> list[Wish]:
         """A wish for each resource that is meant, without those where it could never be."""
-        found, refusal, places = [], None, self.look.resources_at(asked)
-        for place in places:
+        return self.on_each(asked, lambda place: self.wishes.read_wish(
+            asked | {'resource': place.name}, place=place))
+
+    def on_each(self, asked: dict, read: Callable) -> list:
+        """What is read for each resource that is meant; the first refusal, if that is of all."""
+        found, refusals = [], []
+        for place in self.look.resources_at(asked):
             try:
-                found.append(self.wishes.read_wish(asked | {'resource': place.name}, place=place))
-            except Error as error:
-                refusal = refusal or error
+                found.append(read(place))
+            except Error as error:  # another one may have what is asked for
+                refusals.append(error)
         if not found:
-            raise refusal
+            raise refusals[0]
         return found
 
     @api('POST', '/reservation/load', 'load class.csv --partial', made='/reservation/')
@@ -14789,9 +14794,13 @@ class Requests(Operations):
         filters, also = self.look.filtered(asked)
         ways = self.look.ways(filters, state, int(where[0][1]) if start else None)
         if label:
-            ways = [('series', f'TRUE{self.look.within(filters)}')]
-            also.append(self.look.among('o.reservation_id', self.look.labelled(label)))
+            ways = self.by_label(label, filters, also)
         return self.look.page(ways, where + also, state, limit, after, fields=BRIEF)
+
+    def by_label(self, label: str, filters: dict, where: list) -> list[tuple[str, str]]:
+        """The way to the occurrences of a label, which is one of the conditions from now on."""
+        where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
+        return [('series', f'TRUE{self.look.within(filters)}')]
 
     @api('GET', '/reservation/<label>/show', 'show lab')
     @for_each_part
@@ -15166,7 +15175,7 @@ class Requests(Operations):
             with self.shares.resting():  # changes of others don't wait
                 return self.carry_out(lambda now: self.cancel_occurrence(
                     label, project, occurrence, following, now), dry_run, locks)
-        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run, locks)
+        return self.cancel_all(asked, dry_run, locks)
 
     def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
                           now: float) -> list[dict]:
@@ -15184,12 +15193,16 @@ class Requests(Operations):
         begin, until = self.resolve(start or FIRST, end or LAST)
         exact = [('o.vms = ?', asked['vms']), ('o.start = ?', start and begin),
                  ('o."end" = ?', end and until)]
-        found = self.next_that_meet(asked['label'], asked, [each for each in exact if each[1]])
-        found = [each for each in found if not state or each.state in state]
+        filters, where = self.look.filtered(asked)
+        where += [*(each for each in exact if each[1]), (NOT_OVER,), (NEXT_OF_ITS,)]
+        ways = self.look.ways_by(filters, BOTH[:1])
+        if asked['label']:
+            ways = self.by_label(asked['label'], filters, where)
+        found = self.look.page(ways, where, state, 2**31, fields=SLIM)
         self.refuse_uncounted(found, asked)
         return found
 
-    def cancel_all(self, which: Callable[[], list], dry_run: bool, locks) -> list[dict]:
+    def cancel_all(self, asked: dict, dry_run: bool, locks) -> list[dict]:
         """Cancels reservations: the first at once, others in pieces, between which others write."""
         left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
         noted = ''
@@ -15197,7 +15210,7 @@ class Requests(Operations):
         def deed(now: float) -> list[dict]:
             nonlocal noted
             left.clear()
-            left.extend(found := which())
+            left.extend(found := self.next_to_cancel(asked))
             self.cancel_some(left, now, whole)
             noted = left and self.note_rest(left, now)
             return self.as_cancelled(found, now)
@@ -15261,16 +15274,6 @@ class Requests(Operations):
                          (), NONE_OF_THEM)
             return [public(each) for each in found]
 
-    def next_that_meet(self, label: str, asked: dict, exact: list) -> list:
-        """Of each reservation that meets filters, the present or next occurrence."""
-        filters, where = self.look.filtered(asked)
-        where += [*exact, (NOT_OVER,), (NEXT_OF_ITS,)]
-        ways = self.look.ways_by(filters, BOTH[:1])
-        if label:
-            ways = [('series', f'TRUE{self.look.within(filters)}')]
-            where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
-        return self.look.page(ways, where, (), 2**31, fields=SLIM)
-
     def refuse_uncounted(self, found: list, asked: dict) -> None:
         """Refuses a delete of none, of another number than said, or in several projects."""
         label, count = asked['label'], asked['count']
@@ -15302,22 +15305,16 @@ class Requests(Operations):
             raise Invalid('duration: a free slot has at least one second.')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
-        need, ahead = duration.total_seconds(), seconds_of(lead)
-        found, refusals, places = [], [], self.look.resources_at(
-            {'resource': resource, 'classes': classes})
-        for place in places:
-            try:
-                known = self.wishes.ask_cloud(place, {'flavor': flavor}, [])
-            except Error as error:  # another one may have what is asked for
-                refusals.append(error)
-                continue
-            by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
-            amount = (self.wishes.each_takes(known, place) + by_hand) * vms
+        need, ahead, found = duration.total_seconds(), seconds_of(lead), []
+        by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
+
+        def needed(place) -> tuple:
+            known = self.wishes.ask_cloud(place, {'flavor': flavor}, [])
+            return place, (self.wishes.each_takes(known, place) + by_hand) * vms
+        for place, amount in self.on_each({'resource': resource, 'classes': classes}, needed):
             slots = free_slots(place, amount, None, begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
                       for first, last in itertools.islice(slots, limit)]
-        if len(refusals) == len(places):
-            raise refusals[0]
         return [{'resource': name, 'start': instant(int(first)), 'until': instant(int(last)),
                  'duration': format_duration(last - first), 'vms': vms}
                 for first, name, last in sorted(found)[:limit]]
@@ -16447,14 +16444,12 @@ class Claims(Operations):
         Args:
           claims: as they were when the look began; of what was decided since, it can't tell
         """
-        other = defaultdict(list)  # those that are otherwise than before, by occurrence
-        for each in claims:
-            for claim in rows('SELECT * FROM claim WHERE id = ? AND due IS NOT NULL AND asked = ?',
-                              each.id, each.asked):
-                if self.note_seat(claim, seats[each.server], now):
-                    other[claim.occurrence].append(claim.id)
-        for id, changed in other.items():
-            self.follow_seats(id, changed, now)
+        there = [claim for each in claims for claim in rows(
+            'SELECT * FROM claim WHERE id = ? AND due IS NOT NULL AND asked = ?',
+            each.id, each.asked)]
+        other = [each for each in there if self.note_seat(each, seats[each.server], now)]
+        for those in grouped(other, 'occurrence'):
+            self.follow_seats(those[0].occurrence, [each.id for each in those], now)
 
     def note_seat(self, claim, seat: Seat | None, now: float) -> bool:
         """Notes of a claim where its server is; whether that was not known, or is another host."""
@@ -17619,17 +17614,13 @@ class Records(Operations):
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                 JOIN reservation r ON r.id = o.reservation_id
              WHERE TRUE{all_of(where)} ORDER BY v.account, v.id""", *given(where))
-        late: dict = defaultdict(list)
-        for each in found:
-            late[each.cloud].append(each)
-
         def spreads(servers: list, what: str) -> dict:
             delays = (getattr(each, what) for each in servers)
             return spread(what, [each for each in delays if each is not None])
-        clouds = [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
+        clouds = [{'cloud': servers[0].cloud, 'servers': len(servers), **spreads(servers, 'begun'),
                    **spreads(servers, 'ready'),
                    'tried_again': sum(each.tries > 1 for each in servers)}
-                  for cloud, servers in late.items()]
+                  for servers in grouped(found, 'cloud')]
         failed = [{'planned': instant(each.planned), 'cloud': each.cloud, 'label': each.label,
                    'name': each.name, 'tries': each.tries, 'fault': each.fault}
                   for each in found if each.ready is None and each.fault]
