@@ -14567,14 +14567,13 @@ class Requests(Operations):
         done with the answer, in the same transaction."""
         last = requests[-1]
 
-        def instead(wish: Wish, field: str) -> None:
-            self.admission.instead(last, wish, field, self.clock())
-
         def deed(now: float) -> dict:
-            with self.offers.explaining(last.last, None, instead):
+            with self.offers.explaining(last.last, None, lambda *other: self.admission.instead(
+                    last, *other, self.clock())):
                 answer = self.take_first(requests, now)
             also(answer)
             return answer
+
         def locks() -> Iterator[tuple[int, int | str]]:
             for request in requests:
                 yield On.LABEL, f'{request.last.project}/{request.label}'
@@ -14893,8 +14892,14 @@ class Requests(Operations):
         if by <= timedelta(0):
             raise Invalid(f'by: {format_duration(by.total_seconds())} is not longer. Write for '
                           'example +1h.')
-        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
+        return self.prolong(label, project, occurrence, lambda old: self.later_end(old, by),
                             'updated', dry_run)
+
+    def later_end(self, old, more: timedelta) -> datetime:
+        """So much later than an occurrence ends: typed days by its clocks, hours exactly."""
+        end = Typed.fromtimestamp(old.end, UTC)
+        end.zone = read_zone(old.tz or self.config.timezone)
+        return self.end_after(end, more)
 
     @api('POST', '/reservation/<label>/end', 'end lab')
     @for_each_part
@@ -14920,7 +14925,7 @@ class Requests(Operations):
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
         """
         def end(old) -> datetime:
-            last = instant(old.end) + until if isinstance(until, timedelta) else until
+            last = self.later_end(old, until) if isinstance(until, timedelta) else until
             if self.clock() < old.held_from:
                 raise Conflict(f"'{label}' has not started yet. Change its end instead.",
                                hint=f'update {label} --end')

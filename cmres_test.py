@@ -7844,6 +7844,19 @@ def test_days_of_a_length_are_days_of_the_clocks_and_hours_are_hours(world, end,
         (world.service.show('once')['end'] - world.service.show('once')['start']) / hours(1)} <= lengths
 
 
+@pytest.mark.parametrize('more, ends', [('1d', '2027-03-28T11:00'), ('24h', '2027-03-28T12:00'), ('1d2h', '2027-03-28T13:00')])
+@pytest.mark.parametrize('command', ['extend', 'keep'])
+@pytest.mark.parametrize('repeat', [{}, {'repeat': 'daily', 'count': 3, 'tz': 'Europe/Paris'}])
+def test_days_by_which_a_reservation_gets_longer_are_days_of_its_clocks(world, more, ends, command, repeat):
+    if not repeat:
+        world.service.config = dataclasses.replace(world.service.config, timezone='Europe/Paris')
+    world.now = at_wall('Europe/Paris', 2027, 3, 27, 9).timestamp()
+    typed(world.service, 'add', label='lab', resource='demo', start='2027-03-27T09:00 Europe/Paris', end='+2h', **repeat)
+    longer = {'extend': {'by': more}, 'keep': {'until': f'+{more}'}}[command]
+    answer = typed(world.service, command, label='lab', **longer)
+    assert answer['end'].astimezone(PARIS).isoformat()[:16] == ends
+
+
 def test_what_clients_are_typed_reaches_the_server_as_it_was_typed(world):
     here = Here(PARIS, NOON)
     start = cmres.read_when('2027-03-28T02:30', here)
