@@ -15667,14 +15667,13 @@ class Plan(Operations):
         at the last look; who finds no room for it is told."""
         key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
                                           for name in (each.name, each.id)}
-        before, text = json.loads(fact(key) or '{}'), json.dumps(sizes, sort_keys=True)
-        if text == fact(key):
+        before, text = fact(key), json.dumps(sizes, sort_keys=True)
+        if text == before:
             return
-        as_read = json.loads(text)
-        changed = [name for name in sizes if before.get(name, 0) not in (0, as_read[name])]
-        had = {name: before[name][:2] + [(*map(tuple, before[name][2]),), before[name][3]]
-               for name in changed}
-        other = {name: (Flavor(*had[name]), sizes[name]) for name in changed}
+        had = {name: Flavor(vcpus, ram, tuple(map(tuple, classes)), disk)
+               for name, (vcpus, ram, classes, disk) in json.loads(before or '{}').items()}
+        other = {name: (had[name], size) for name, size in sizes.items()
+                 if had.get(name, size) != size}
         self.after_search(lambda now: self.resize(cloud, other, now), searches=FEW_SEARCHES)
         with self.writing():
             note_fact(key, text)
@@ -15688,8 +15687,7 @@ class Plan(Operations):
             'AND r.flavor IN names(?)', cloud, int(now), int(now), json.dumps([*other]))]
         for each in self.look.in_order(found):
             wish = self.wishes.carried_on(each)._replace(resource=resource_of(each.resource_id))
-            had, has = (self.wishes.each_takes({'flavor': Thing('', '', True, flavor=flavor)},
-                                               wish.resource) for flavor in other[each.flavor])
+            had, has = (takes_of(flavor, wish.resource) for flavor in other[each.flavor])
             if wish.each == has:  # it was reserved since
                 continue
             fits = self.moved_to(each, wish._replace(each=wish.each + (has - had)), now)
