@@ -14504,22 +14504,12 @@ class Staged:
                 "fitted, so nothing was reserved' WHERE id = ?", last_told)
             run('DELETE FROM outbox WHERE event_id = ?', last_told)
         for last in some_of(deque(range(last, first, -1))):
-            self.erase(last, now)
+            self.service.bookings.erase(last)
         last -= 1
         self.pieces[-1:] = [[first, told, last, last_told]] if last > first else []
         self.note(now)
         if not self.pieces:
             run('DELETE FROM fact WHERE name = ?', self.name)
-
-    def erase(self, reservation: int, now: float) -> None:
-        """Erases a reservation as if it had never been; one that has VMs is cancelled."""
-        there = row('SELECT 1 AS one FROM server WHERE occurrence_id IN '
-                    '(SELECT id FROM occurrence WHERE reservation_id = ?) LIMIT 1', reservation)
-        if there:
-            live = self.service.look.live(self.service.look.next_of(reservation))
-            self.service.admission.cancel(live, now, 'not all of the group fitted', True)
-        else:
-            self.service.bookings.erase(reservation)
 
 
 class Requests(Operations):
@@ -15589,15 +15579,7 @@ class Plan(Operations):
         if not dry_run:
             with self.writing():
                 note_fact(f'synced {cloud}', secrets.token_hex(4))
-        there = self.shares.ask(target, opened.aggregates)
-        names = [each.name for each in there]
-        for name in aggregates:
-            if name not in names:
-                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, names)}")
-        ours = ('', self.clouds.store)
-        chosen = [each for each in there if each.name in aggregates
-                  or not aggregates and each.mark and each.owner in ours]
-        self.refuse_of_others(cloud, chosen)
+        chosen = self.chosen(cloud, self.shares.ask(target, opened.aggregates), aggregates)
         wanted = {} if not mode else {'mode': self.read_mode(mode)}
         wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
         wanted |= {'flavors': flavors} if flavors is not None else {}
@@ -15614,14 +15596,23 @@ class Plan(Operations):
                     self.shares.ask(target, functools.partial(opened.mark, each, name))
         return lines
 
-    def refuse_of_others(self, cloud: str, chosen: list[Aggregate]) -> None:
-        """Refuses aggregates that another cmres has marked: both would promise the same hosts."""
-        for each in chosen:
-            if each.owner not in ('', self.clouds.store):
+    def chosen(self, cloud: str, told: list[Aggregate], names: Iterable[str]) -> list[Aggregate]:
+        """The aggregates of some names, else all that are marked as ours; Conflict for one that
+        another cmres has marked: both would promise the same hosts."""
+        known, ours = [each.name for each in told], ('', self.clouds.store)
+        for name in names:
+            if name not in known:
+                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, known)}")
+        if not names:
+            return [each for each in told if each.mark and each.owner in ours]
+        found = [each for each in told if each.name in names]
+        for each in found:
+            if each.owner not in ours:
                 raise Conflict(
                     f"The aggregate '{each.name}' of {cloud} belongs to another cmres, so its "
                     f'hosts would be promised twice ({MARKS[1]} is {each.owner}). If that cmres '
                     f'is gone: openstack aggregate unset --property {MARKS[1]} {each.name}')
+        return found
 
     def after_search(self, deed: Callable[[float], Any], dry_run: bool = False,
                      searches: int = SEARCHES) -> Any:
