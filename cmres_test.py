@@ -30307,6 +30307,23 @@ def test_vms_are_made_in_the_name_of_who_gave_a_credential(far, nova):
     assert ann.credential_list() == []
 
 
+def test_nobody_gets_the_session_of_a_credential_that_was_taken_away(far, nova):
+    """A process has it open still, under the id of the credential."""
+    nova.full, nova.applications = False, nova.applications | {('app-1', 's3cret'): 'bio', ('app-2', 'new'): 'geo'}
+    ann, bob = far.as_user('ann', 'chem'), far.as_user('bob', 'chem')
+    ann.credential_add('lab', 'app-1', 's3cret')
+    book_named(ann, 'image', 'tiny', label='hers', start=0)
+    live(far, 10)
+    ann.delete('hers')
+    live(far, 10)
+    ann.credential_delete(1)
+    assert bob.credential_add('lab', 'app-2', 'new', dry_run=True)['id'] and not bob.credential_list()
+    bob.credential_add('lab', 'app-2', 'new')
+    book_named(bob, 'image', 'tiny', label='his', start=0)
+    live(far, 10)
+    assert [each['tenant_id'] for each in nova.servers.values()] == ['geo']
+
+
 def test_vms_are_made_in_the_name_of_who_gave_a_trust(far, nova):
     """And nobody gives one that somebody else has made."""
     nova.full = False
