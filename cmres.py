@@ -14669,10 +14669,10 @@ class Requests(Operations):
                 with self.writing() as now:
                     staged.begin()
                     done, failed = self.take_lines(some_of(left), partial, now)
-                    if not partial and (left or staged.pieces):
+                    if left and not partial:
                         staged.set_aside(now)
-                    if not left and staged.pieces:
-                        run('DELETE FROM fact WHERE name = ?', staged.name)  # it is real now
+                    elif staged.pieces:  # it is real now
+                        run('DELETE FROM fact WHERE name = ?', staged.name)
                 taken, refused = taken + done, refused + failed
         except (NoCapacity, KeyboardInterrupt):
             staged.drop_all()
@@ -15808,17 +15808,18 @@ class Plan(Operations):
         if not force:
             self.refuse_homeless(place.name, list(map(public, self.look.in_order(
                 new[:1000], fields=SLIM))))
-        if sorted({*homeless}) == sorted(before):
+        after = sorted({*homeless})
+        if after == sorted(before):
             return []
         if not rehearsal.on:
-            note_fact(key, json.dumps(sorted({*homeless})))
+            note_fact(key, json.dumps(after))
         for each in self.look.in_order([] if rehearsal.on else new):
             when = self.config.told_window(each.start, each.end, each.tz)
             self.tell(now, 'affected', f"the hosts of '{place.name}' no longer have room for all "
                       f'of its VMs ({quantity("vms", each.vms)} from {when}). Choose another time '
                       'or fewer VMs', each, each.id, admins=True)
         return [{'resource': place.name, 'what': 'reservations without a host',
-                 'before': len(before), 'after': len({*homeless})}]
+                 'before': len(before), 'after': len(after)}]
 
     def sync_hosts(self, place, aggregate: Aggregate,
                    now: float) -> tuple[list[tuple], dict[int, bool]]:
