@@ -15480,15 +15480,16 @@ class Plan(Operations):
         """The columns that a resource is given; Invalid where one has no use."""
         given = {name: value for name, value in asked.items() if value is not None}
         new = {name: None if given[name] == UNLIMITED else given[name]
-               for name in (*PLACE, *FIGURES, 'spare') if name in given}
+               for name in (*PLACE, *FIGURES, 'spare', 'flavors', 'user_started')
+               if name in given}
         new |= {field: seconds_of(given[name]) for name, field in RESOURCE_LENGTHS.items()
                 if name in given}
         if 'mode' in given:
             new['mode'] = self.read_mode(given['mode'])
         if new.keys() & {'mode', *ASKED_BY_NOVA}:
             self.refuse_idle(new.get('mode', before['mode']), before | new)
-        if asked['classes']:
-            new['classes'] = known_classes(before['classes'], asked['classes'])
+        if given.get('classes'):
+            new['classes'] = known_classes(before['classes'], given['classes'])
         return new | self.read_default(before, new.get('cloud', before['cloud']), {
             name: given[name] for name in given if name.startswith('default_')})
 
@@ -15580,12 +15581,11 @@ class Plan(Operations):
             with self.writing():
                 note_fact(f'synced {cloud}', secrets.token_hex(4))
         chosen = self.chosen(cloud, self.shares.ask(target, opened.aggregates), aggregates)
-        wanted = {} if not mode else {'mode': self.read_mode(mode)}
-        wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
-        wanted |= {'flavors': flavors} if flavors is not None else {}
+        self.read_mode(mode)  # refused also where there is no aggregate
         refuse_unknown_word('user_started', user_started, ('delete', 'keep'), '')
-        wanted |= {'user_started': user_started} if user_started else {}
-        how = wanted, reservable_hosts, force
+        asked = {'mode': mode or None, 'min_free_time': min_free_time, 'flavors': flavors,
+                 'user_started': user_started or None}
+        how = asked, reservable_hosts, force
         synced = self.after_search(
             lambda now: [self.sync_one(cloud, each, *how, now) for each in chosen], dry_run)
         lines = [line for _, found in synced for line in found]
@@ -15733,13 +15733,12 @@ class Plan(Operations):
                        ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""",
                    cloud, aggregate.id, aggregate.name)
 
-    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
+    def sync_one(self, cloud: str, aggregate: Aggregate, asked: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
         """Makes or updates the resource of an aggregate; its name, a line a difference."""
         found = self.synced_before(cloud, aggregate)
-        before = found._asdict() if found else {'mode': '', 'named': ''}
-        if wanted:
-            self.refuse_idle((before | wanted)['mode'], before | wanted)
+        before = found._asdict() if found else NEW_RESOURCE
+        wanted = self.read_resource(before, asked)
         aggregate = self.left_by_others(aggregate, now)
         if not found and wanted.get('mode') == 'exclusive':
             wanted = {'user_started': 'delete'} | wanted
