@@ -30317,8 +30317,8 @@ def test_nobody_gets_the_session_of_a_credential_that_was_taken_away(far, nova):
     ann.delete('hers')
     live(far, 10)
     ann.credential_delete(1)
-    assert bob.credential_add('lab', 'app-2', 'new', dry_run=True)['id'] and not bob.credential_list()
-    bob.credential_add('lab', 'app-2', 'new')
+    assert bob.credential_add('lab', 'app-2', 'new', dry_run=True)['id'] == 2 and not bob.credential_list()
+    assert bob.credential_add('lab', 'app-2', 'new')['id'] == 2
     book_named(bob, 'image', 'tiny', label='his', start=0)
     live(far, 10)
     assert [each['tenant_id'] for each in nova.servers.values()] == ['geo']
