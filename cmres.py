@@ -15964,7 +15964,9 @@ class Plan(Operations):
                 say_of_host(0, dict.fromkeys(properties, 'private') if private else {})
             self.journal(now, 'resource', f"said of the host '{name}': {', '.join(properties)}")
             shown = properties_of(found[0].resource_id)[found[0].id]
-            return {'name': name, 'properties': shown | properties}
+            if dry_run:
+                shown = {each: value for each, value in (shown | properties).items() if value}
+            return {'name': name, 'properties': shown}
 
     @api('POST', '/resource/<name>/capacity',
          'resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run',

@@ -13754,7 +13754,7 @@ def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
     rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 4}, told={'h2': {'properties': {'HW_CPU_X86_AVX2': 'yes', 'arch': 'x86_64'}}})
     world.service.host_set('h3', {'gpu_count': '2', 'arch': 'x86_64'})
     shown = world.service.host_set('h3', {'owner': 'bio'}, private=True)
-    assert shown['properties']['gpu_count'] == '2' and shown['properties']['CUSTOM_GPU'] == '4'
+    assert [shown['properties'][each] for each in ('gpu_count', 'owner', 'CUSTOM_GPU')] == ['2', 'bio', '4']
     gpus(world, 'a', 'g2', where='gpu_count>=2 and arch==x86_64')
     gpus(world, 'b', 'g2', where='HW_CPU_X86_AVX2')
     gpus(world, 'c', 'g2', vms=2, where='arch=x86_64', affinity='apart')
@@ -13768,7 +13768,8 @@ def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
         gpus(world, 'd', 'g2', where='gpu_count>9')
     with pytest.raises(Invalid, match="where: 'gpu_count >> 2' is not like gpu_count>=2 and arch==x86_64"):
         gpus(world, 'd', 'g2', where='gpu_count >> 2')
-    world.service.host_set('h3', {'gpu_count': ''})
+    for dry_run in True, False:  # the answer has nothing of what is taken away
+        assert 'gpu_count' not in world.service.host_set('h3', {'gpu_count': ''}, dry_run=dry_run)['properties']
     with pytest.raises(Invalid, match='no host'):
         gpus(world, 'd', 'g2', where='gpu_count>=2')
     with pytest.raises(NotFound, match="No resource has a host 'h9'"):
