@@ -14455,11 +14455,21 @@ class Staged:
     def __init__(self, service: Service, name: str = ''):
         self.service, self.name = service, name or f'staged-{secrets.token_hex(8)}'
         # Of each piece the last reservation and event before it, and its own last ones.
-        self.pieces = json.loads(fact(name).partition(' ')[2] or '[]') if name else []
+        self.pieces = self.noted()
         self.dropping = False
 
+    def noted(self) -> list[list[int]]:
+        return json.loads(fact(self.name).partition(' ')[2] or '[]')
+
     def begin(self) -> None:
-        """Notes where a piece begins; all but `drop_all` are called inside a transaction."""
+        """Notes where a piece begins; all but `drop_all` are called inside a transaction.
+
+        NoCapacity if the life cycle has dropped those before it, as this process stood still.
+        """
+        left = self.noted()
+        if left != self.pieces:
+            self.pieces = left
+            raise NoCapacity('')
         self.before = self.newest()
 
     def newest(self) -> tuple:
@@ -14490,22 +14500,12 @@ class Staged:
                 "fitted, so nothing was reserved' WHERE id = ?", last_told)
             run('DELETE FROM outbox WHERE event_id = ?', last_told)
         for last in some_of(deque(range(last, first, -1))):
-            self.erase(last, now)
+            self.service.bookings.erase(last)
         last -= 1
         self.pieces[-1:] = [[first, told, last, last_told]] if last > first else []
         self.note(now)
         if not self.pieces:
             run('DELETE FROM fact WHERE name = ?', self.name)
-
-    def erase(self, reservation: int, now: float) -> None:
-        """Erases a reservation as if it had never been; one that has VMs is cancelled."""
-        there = row('SELECT 1 AS one FROM server WHERE occurrence_id IN '
-                    '(SELECT id FROM occurrence WHERE reservation_id = ?) LIMIT 1', reservation)
-        if there:
-            live = self.service.look.live(self.service.look.next_of(reservation))
-            self.service.admission.cancel(live, now, 'not all of the group fitted', True)
-        else:
-            self.service.bookings.erase(reservation)
 
 
 class Requests(Operations):
@@ -14553,14 +14553,13 @@ class Requests(Operations):
         done with the answer, in the same transaction."""
         last = requests[-1]
 
-        def instead(wish: Wish, field: str) -> None:
-            self.admission.instead(last, wish, field, self.clock())
-
         def deed(now: float) -> dict:
-            with self.offers.explaining(last.last, None, instead):
+            with self.offers.explaining(last.last, None, lambda *other: self.admission.instead(
+                    last, *other, self.clock())):
                 answer = self.take_first(requests, now)
             also(answer)
             return answer
+
         def locks() -> Iterator[tuple[int, int | str]]:
             for request in requests:
                 yield On.LABEL, f'{request.last.project}/{request.label}'
@@ -14606,14 +14605,19 @@ class Requests(Operations):
 
     def wishes_of(self, asked: dict) -> list[Wish]:
         """A wish for each resource that is meant, without those where it could never be."""
-        found, refusal, places = [], None, self.look.resources_at(asked)
-        for place in places:
+        return self.on_each(asked, lambda place: self.wishes.read_wish(
+            asked | {'resource': place.name}, place=place))
+
+    def on_each(self, asked: dict, read: Callable) -> list:
+        """What is read for each resource that is meant; the first refusal, if that is of all."""
+        found, refusals = [], []
+        for place in self.look.resources_at(asked):
             try:
-                found.append(self.wishes.read_wish(asked | {'resource': place.name}, place=place))
-            except Error as error:
-                refusal = refusal or error
+                found.append(read(place))
+            except Error as error:  # another one may have what is asked for
+                refusals.append(error)
         if not found:
-            raise refusal
+            raise refusals[0]
         return found
 
     @api('POST', '/reservation/load', 'load class.csv --partial', made='/reservation/')
@@ -14661,10 +14665,10 @@ class Requests(Operations):
                 with self.writing() as now:
                     staged.begin()
                     done, failed = self.take_lines(some_of(left), partial, now)
-                    if not partial and (left or staged.pieces):
+                    if left and not partial:
                         staged.set_aside(now)
-                    if not left and staged.pieces:
-                        run('DELETE FROM fact WHERE name = ?', staged.name)  # it is real now
+                    elif staged.pieces:  # it is real now
+                        run('DELETE FROM fact WHERE name = ?', staged.name)
                 taken, refused = taken + done, refused + failed
         except (NoCapacity, KeyboardInterrupt):
             staged.drop_all()
@@ -14775,9 +14779,13 @@ class Requests(Operations):
         filters, also = self.look.filtered(asked)
         ways = self.look.ways(filters, state, int(where[0][1]) if start else None)
         if label:
-            ways = [('series', f'TRUE{self.look.within(filters)}')]
-            also.append(self.look.among('o.reservation_id', self.look.labelled(label)))
+            ways = self.by_label(label, filters, also)
         return self.look.page(ways, where + also, state, limit, after, fields=BRIEF)
+
+    def by_label(self, label: str, filters: dict, where: list) -> list[tuple[str, str]]:
+        """The way to the occurrences of a label, which is one of the conditions from now on."""
+        where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
+        return [('series', f'TRUE{self.look.within(filters)}')]
 
     @api('GET', '/reservation/<label>/show', 'show lab')
     @for_each_part
@@ -14811,10 +14819,14 @@ class Requests(Operations):
         if not label:
             raise Invalid('Choose a reservation by its label, or the VMs that stayed after their '
                           'end.', hint='LABEL or --kept')
-        found = self.look.parts_of(label, project)
-        return [line for each in found or [None] for line in self.look.servers_of(self.look.mine(
-            each.label if each else label, each.project if each else project, live=False,
-            occurrence=occurrence).id)]
+        found = self.each_of(label, project, live=False, occurrence=occurrence)
+        return [line for each in found for line in self.look.servers_of(each.id)]
+
+    def each_of(self, label: str, project: str, **which) -> list:
+        """The reservation that a label means, or each part of such a request."""
+        parts = self.look.parts_of(label, project)
+        return ([self.look.mine(each.label, each.project, **which) for each in parts]
+                or [self.look.mine(label, project, **which)])
 
     @api('GET', '/reservation/<label>/duration', 'duration lab')
     @for_each_part
@@ -14866,8 +14878,14 @@ class Requests(Operations):
         if by <= timedelta(0):
             raise Invalid(f'by: {format_duration(by.total_seconds())} is not longer. Write for '
                           'example +1h.')
-        return self.prolong(label, project, occurrence, lambda old: instant(old.end) + by,
+        return self.prolong(label, project, occurrence, lambda old: self.later_end(old, by),
                             'updated', dry_run)
+
+    def later_end(self, old, more: timedelta) -> datetime:
+        """So much later than an occurrence ends: typed days by its clocks, hours exactly."""
+        end = Typed.fromtimestamp(old.end, UTC)
+        end.zone = read_zone(old.tz or self.config.timezone)
+        return self.end_after(end, more)
 
     @api('POST', '/reservation/<label>/end', 'end lab')
     @for_each_part
@@ -14893,7 +14911,7 @@ class Requests(Operations):
         The rest of a series does not change. `extend LABEL --until TIME` does the same.
         """
         def end(old) -> datetime:
-            last = instant(old.end) + until if isinstance(until, timedelta) else until
+            last = self.later_end(old, until) if isinstance(until, timedelta) else until
             if self.clock() < old.held_from:
                 raise Conflict(f"'{label}' has not started yet. Change its end instead.",
                                hint=f'update {label} --end')
@@ -14994,7 +15012,7 @@ class Requests(Operations):
         raise NotFound(f"'{found.label}' has no skipped occurrence in the "
                        f"future{f' on {on}' if on else ''}.")
 
-    def alter(self, label: str, project: str, asked: dict, dry_run: bool, code: str = 'updated',
+    def alter(self, label: str, project: str, asked: dict, dry_run: bool,
               occurrence: datetime | None = None, alone: bool = True) -> dict:
         """Changes a reservation, whose cloud is asked before; `alone`: no later occurrence."""
         if not asked.keys() - {'tz'}:
@@ -15015,7 +15033,7 @@ class Requests(Operations):
                 if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
                         stretches and series != stretches):
                     return None
-                return self.altered(current, wish, asked, now, code, named, only)
+                return self.altered(current, wish, asked, now, 'updated', named, only)
             with self.shares.paced():
                 answer = self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
             if answer:
@@ -15148,13 +15166,12 @@ class Requests(Operations):
             with self.shares.resting():  # changes of others don't wait
                 return self.carry_out(lambda now: self.cancel_occurrence(
                     label, project, occurrence, following, now), dry_run, locks)
-        return self.cancel_all(lambda: self.next_to_cancel(asked), dry_run, locks)
+        return self.cancel_all(asked, dry_run, locks)
 
     def cancel_occurrence(self, label: str, project: str, occurrence, following: bool,
                           now: float) -> list[dict]:
         """Cancels an occurrence, of a group that of each part, or that and all after it."""
-        labels = [part.label for part in self.look.parts_of(label, project)] or [label]
-        found = [self.look.mine(each, project, occurrence=occurrence) for each in labels]
+        found = self.each_of(label, project, occurrence=occurrence)
         for each in found:
             self.admission.cancel(self.look.live(each, each.slot) if following else [each],
                                   now, ends=following)
@@ -15167,12 +15184,16 @@ class Requests(Operations):
         begin, until = self.resolve(start or FIRST, end or LAST)
         exact = [('o.vms = ?', asked['vms']), ('o.start = ?', start and begin),
                  ('o."end" = ?', end and until)]
-        found = self.next_that_meet(asked['label'], asked, [each for each in exact if each[1]])
-        found = [each for each in found if not state or each.state in state]
+        filters, where = self.look.filtered(asked)
+        where += [*(each for each in exact if each[1]), (NOT_OVER,), (NEXT_OF_ITS,)]
+        ways = self.look.ways_by(filters, BOTH[:1])
+        if asked['label']:
+            ways = self.by_label(asked['label'], filters, where)
+        found = self.look.page(ways, where, state, 2**31, fields=SLIM)
         self.refuse_uncounted(found, asked)
         return found
 
-    def cancel_all(self, which: Callable[[], list], dry_run: bool, locks) -> list[dict]:
+    def cancel_all(self, asked: dict, dry_run: bool, locks) -> list[dict]:
         """Cancels reservations: the first at once, others in pieces, between which others write."""
         left, whole = deque(), dry_run or rehearsal.on or db.in_transaction()
         noted = ''
@@ -15180,7 +15201,7 @@ class Requests(Operations):
         def deed(now: float) -> list[dict]:
             nonlocal noted
             left.clear()
-            left.extend(found := which())
+            left.extend(found := self.next_to_cancel(asked))
             self.cancel_some(left, now, whole)
             noted = left and self.note_rest(left, now)
             return self.as_cancelled(found, now)
@@ -15244,16 +15265,6 @@ class Requests(Operations):
                          (), NONE_OF_THEM)
             return [public(each) for each in found]
 
-    def next_that_meet(self, label: str, asked: dict, exact: list) -> list:
-        """Of each reservation that meets filters, the present or next occurrence."""
-        filters, where = self.look.filtered(asked)
-        where += [*exact, (NOT_OVER,), (NEXT_OF_ITS,)]
-        ways = self.look.ways_by(filters, BOTH[:1])
-        if label:
-            ways = [('series', f'TRUE{self.look.within(filters)}')]
-            where.append(self.look.among('o.reservation_id', self.look.labelled(label)))
-        return self.look.page(ways, where, (), 2**31, fields=SLIM)
-
     def refuse_uncounted(self, found: list, asked: dict) -> None:
         """Refuses a delete of none, of another number than said, or in several projects."""
         label, count = asked['label'], asked['count']
@@ -15285,22 +15296,16 @@ class Requests(Operations):
             raise Invalid('duration: a free slot has at least one second.')
         begin, until = self.resolve(after or self.here.now, before or timedelta(days=366))
         begin = max(begin, int(self.clock()))
-        need, ahead = duration.total_seconds(), seconds_of(lead)
-        found, refusals, places = [], [], self.look.resources_at(
-            {'resource': resource, 'classes': classes})
-        for place in places:
-            try:
-                known = self.wishes.ask_cloud(place, {'flavor': flavor}, [])
-            except Error as error:  # another one may have what is asked for
-                refusals.append(error)
-                continue
-            by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
-            amount = (self.wishes.each_takes(known, place) + by_hand) * vms
+        need, ahead, found = duration.total_seconds(), seconds_of(lead), []
+        by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
+
+        def needed(place) -> tuple:
+            known = self.wishes.ask_cloud(place, {'flavor': flavor}, [])
+            return place, (self.wishes.each_takes(known, place) + by_hand) * vms
+        for place, amount in self.on_each({'resource': resource, 'classes': classes}, needed):
             slots = free_slots(place, amount, None, begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
-                      for (first, last), _ in zip(slots, range(limit))]
-        if len(refusals) == len(places):
-            raise refusals[0]
+                      for first, last in itertools.islice(slots, limit)]
         return [{'resource': name, 'start': instant(int(first)), 'until': instant(int(last)),
                  'duration': format_duration(last - first), 'vms': vms}
                 for first, name, last in sorted(found)[:limit]]
@@ -15339,7 +15344,7 @@ RESOURCE_ANEW = dict.fromkeys(PLACE, (Name, '')) | {
     'default_flavor': (Name, ''), 'default_image': (Name, ''), 'default_vms': (Figure, None)}
 RESOURCE_OTHERWISE = {name: (kind, None) for name, (kind, _) in RESOURCE_ANEW.items()}
 NEW_RESOURCE = dict.fromkeys((*RESOURCE_LENGTHS.values(), 'default_vms'), 0) | dict.fromkeys(
-    ('mode', 'classes', 'cloud', 'default_flavor', 'default_image'), '')
+    (*PLACE, 'mode', 'classes', 'named', 'default_flavor', 'default_image'), '') | {'hosts': '[]'}
 
 
 class Plan(Operations):
@@ -15400,7 +15405,7 @@ class Plan(Operations):
         with self.writing(dry_run) as now:
             self.policy.refuse_taken_resource(name)
             new = NEW_RESOURCE | self.read_resource(NEW_RESOURCE, asked)
-            insert(Resource, name=name, **new, hosts='[]', named='', added=int(now))
+            insert(Resource, name=name, added=int(now), **new)
             self.journal(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name) | self.unknown_cloud(asked['cloud'])
 
@@ -15470,15 +15475,16 @@ class Plan(Operations):
         """The columns that a resource is given; Invalid where one has no use."""
         given = {name: value for name, value in asked.items() if value is not None}
         new = {name: None if given[name] == UNLIMITED else given[name]
-               for name in (*PLACE, *FIGURES, 'spare') if name in given}
+               for name in (*PLACE, *FIGURES, 'spare', 'flavors', 'user_started')
+               if name in given}
         new |= {field: seconds_of(given[name]) for name, field in RESOURCE_LENGTHS.items()
                 if name in given}
         if 'mode' in given:
             new['mode'] = self.read_mode(given['mode'])
         if new.keys() & {'mode', *ASKED_BY_NOVA}:
             self.refuse_idle(new.get('mode', before['mode']), before | new)
-        if asked['classes']:
-            new['classes'] = known_classes(before['classes'], asked['classes'])
+        if given.get('classes'):
+            new['classes'] = known_classes(before['classes'], given['classes'])
         return new | self.read_default(before, new.get('cloud', before['cloud']), {
             name: given[name] for name in given if name.startswith('default_')})
 
@@ -15569,21 +15575,13 @@ class Plan(Operations):
         if not dry_run:
             with self.writing():
                 note_fact(f'synced {cloud}', secrets.token_hex(4))
-        there = self.shares.ask(target, opened.aggregates)
-        names = [each.name for each in there]
-        for name in aggregates:
-            if name not in names:
-                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, names)}")
-        ours = ('', self.clouds.store)
-        chosen = [each for each in there if each.name in aggregates
-                  or not aggregates and each.mark and each.owner in ours]
-        self.refuse_of_others(cloud, chosen)
-        wanted = {} if not mode else {'mode': self.read_mode(mode)}
-        wanted |= {'hold': seconds_of(min_free_time)} if min_free_time is not None else {}
-        wanted |= {'flavors': flavors} if flavors is not None else {}
+        told = self.shares.ask(target, opened.aggregates)
+        chosen = self.aggregates_meant(cloud, told, aggregates)
+        self.read_mode(mode)  # refused also where there is no aggregate
         refuse_unknown_word('user_started', user_started, ('delete', 'keep'), '')
-        wanted |= {'user_started': user_started} if user_started else {}
-        how = wanted, reservable_hosts, force
+        asked = {'mode': mode or None, 'min_free_time': min_free_time, 'flavors': flavors,
+                 'user_started': user_started or None}
+        how = asked, reservable_hosts, force
         synced = self.after_search(
             lambda now: [self.sync_one(cloud, each, *how, now) for each in chosen], dry_run)
         lines = [line for _, found in synced for line in found]
@@ -15594,26 +15592,41 @@ class Plan(Operations):
                     self.shares.ask(target, functools.partial(opened.mark, each, name))
         return lines
 
-    def refuse_of_others(self, cloud: str, chosen: list[Aggregate]) -> None:
-        """Refuses aggregates that another cmres has marked: both would promise the same hosts."""
-        for each in chosen:
-            if each.owner not in ('', self.clouds.store):
+    def aggregates_meant(self, cloud: str, told: list[Aggregate],
+                         names: Iterable[str]) -> list[Aggregate]:
+        """The aggregates of some names, else all that are marked as ours; Conflict for one that
+        another cmres has marked: both would promise the same hosts."""
+        known, ours = [each.name for each in told], ('', self.clouds.store)
+        for name in names:
+            if name not in known:
+                raise NotFound(f"The cloud {cloud} has no aggregate '{name}'{nearest(name, known)}")
+        if not names:
+            return [each for each in told if each.mark and each.owner in ours]
+        found = [each for each in told if each.name in names]
+        for each in found:
+            if each.owner not in ours:
                 raise Conflict(
                     f"The aggregate '{each.name}' of {cloud} belongs to another cmres, so its "
                     f'hosts would be promised twice ({MARKS[1]} is {each.owner}). If that cmres '
                     f'is gone: openstack aggregate unset --property {MARKS[1]} {each.name}')
+        return found
 
-    def after_search(self, deed: Callable[[float], list[tuple]], dry_run: bool = False,
-                     searches: int = SEARCHES) -> list:
-        """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
-        end with lines, and without any line there is nothing to do."""
+    def after_search(self, deed: Callable[[float], Any], dry_run: bool = False,
+                     searches: int = SEARCHES) -> Any:
+        """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; what it
+        answers. Where that is nothing, there is nothing to do."""
         replans.found, replans.searches = {}, searches
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
                 done = deed(now)
-            if not any(each[-1] for each in done):
+            if not done:
                 break
         return done
+
+    def plan_elsewhere(self, place, suspects: dict[int, bool], now: float) -> bool:
+        """Plans elsewhere what is on some hosts, and tells whom that affects."""
+        self.see_whom_it_affects(place, suspects, [], True, now)
+        return True
 
     def follow(self, cloud: str, told: list[Aggregate]) -> None:
         """Lets the resources of a cloud be as it tells by now. Who has no host any more is told."""
@@ -15632,7 +15645,7 @@ class Plan(Operations):
                 each = each._replace(hosts={name: holds for name, holds in there
                                             if name in json.loads(found.hosts)})
             try:
-                self.after_search(lambda now: [self.sync_one(cloud, each, {}, None, True, now)],
+                self.after_search(lambda now: self.sync_one(cloud, each, {}, None, True, now)[1],
                                   searches=FEW_SEARCHES)
             except Conflict as error:
                 log.warning('%s', error)
@@ -15642,15 +15655,14 @@ class Plan(Operations):
         at the last look; who finds no room for it is told."""
         key, sizes = f'flavors {cloud}', {name: each.flavor for each in told
                                           for name in (each.name, each.id)}
-        before, text = json.loads(fact(key) or '{}'), json.dumps(sizes, sort_keys=True)
-        if text == fact(key):
+        before, text = fact(key), json.dumps(sizes, sort_keys=True)
+        if text == before:
             return
-        as_read = json.loads(text)
-        changed = [name for name in sizes if before.get(name, 0) not in (0, as_read[name])]
-        had = {name: before[name][:2] + [(*map(tuple, before[name][2]),), before[name][3]]
-               for name in changed}
-        other = {name: (Flavor(*had[name]), sizes[name]) for name in changed}
-        self.after_search(lambda now: [(self.resize(cloud, other, now),)], searches=FEW_SEARCHES)
+        had = {name: Flavor(vcpus, ram, tuple(map(tuple, classes)), disk)
+               for name, (vcpus, ram, classes, disk) in json.loads(before or '{}').items()}
+        other = {name: (had[name], size) for name, size in sizes.items()
+                 if had.get(name, size) != size}
+        self.after_search(lambda now: self.resize(cloud, other, now), searches=FEW_SEARCHES)
         with self.writing():
             note_fact(key, text)
 
@@ -15663,8 +15675,7 @@ class Plan(Operations):
             'AND r.flavor IN names(?)', cloud, int(now), int(now), json.dumps([*other]))]
         for each in self.look.in_order(found):
             wish = self.wishes.carried_on(each)._replace(resource=resource_of(each.resource_id))
-            had, has = (self.wishes.each_takes({'flavor': Thing('', '', True, flavor=flavor)},
-                                               wish.resource) for flavor in other[each.flavor])
+            had, has = (takes_of(flavor, wish.resource) for flavor in other[each.flavor])
             if wish.each == has:  # it was reserved since
                 continue
             fits = self.moved_to(each, wish._replace(each=wish.each + (has - had)), now)
@@ -15684,11 +15695,11 @@ class Plan(Operations):
 
     def make_way(self, clouds: set[str]) -> None:
         """Plans elsewhere what is on hosts where Nova has VMs that were planned elsewhere."""
-        def deed(now: float) -> list[tuple]:
+        def deed(now: float) -> bool:
             if not rehearsal.on:
                 run('DELETE FROM fact WHERE name = ?', name)
             place, host = resource_of(resource, removed=True), int(name.partition('-')[2])
-            return [(self.see_whom_it_affects(place, {host: False}, [], True, now), True)]
+            return self.plan_elsewhere(place, {host: False}, now)
         for name, resource in run(
                 'SELECT f.name, s.id FROM fact f JOIN resource s ON s.id = CAST(f.value AS INTEGER)'
                 " WHERE f.name > 'crowded-' AND f.name < 'crowded.' AND s.cloud IN names(?)",
@@ -15706,9 +15717,8 @@ class Plan(Operations):
             there = row('SELECT id FROM occurrence WHERE resource_id = ? AND due IS NOT NULL AND '
                         'held_until > ? AND placed LIKE ?', place.id, now, f'%"{each.id}":%')
             if there:
-                self.after_search(lambda now: [(
-                    self.see_whom_it_affects(place, gone, [], True, now), True)],
-                    searches=FEW_SEARCHES)
+                self.after_search(lambda now: self.plan_elsewhere(place, gone, now),
+                                  searches=FEW_SEARCHES)
         return [each.name for each in lost]
 
     def synced_before(self, cloud: str, aggregate: Aggregate):
@@ -15720,13 +15730,12 @@ class Plan(Operations):
                        ORDER BY aggregate_id = ?2 DESC, aggregate_id DESC""",
                    cloud, aggregate.id, aggregate.name)
 
-    def sync_one(self, cloud: str, aggregate: Aggregate, wanted: dict, named: bool | None,
+    def sync_one(self, cloud: str, aggregate: Aggregate, asked: dict, named: bool | None,
                  force: bool, now: float) -> tuple[str, list[dict]]:
         """Makes or updates the resource of an aggregate; its name, a line a difference."""
         found = self.synced_before(cloud, aggregate)
-        before = found._asdict() if found else {'mode': '', 'named': ''}
-        if wanted:
-            self.refuse_idle((before | wanted)['mode'], before | wanted)
+        before = found._asdict() if found else NEW_RESOURCE
+        wanted = self.read_resource(before, asked)
         aggregate = self.left_by_others(aggregate, now)
         if not found and wanted.get('mode') == 'exclusive':
             wanted = {'user_started': 'delete'} | wanted
@@ -15795,17 +15804,18 @@ class Plan(Operations):
         if not force:
             self.refuse_homeless(place.name, list(map(public, self.look.in_order(
                 new[:1000], fields=SLIM))))
-        if sorted({*homeless}) == sorted(before):
+        after = sorted({*homeless})
+        if after == sorted(before):
             return []
         if not rehearsal.on:
-            note_fact(key, json.dumps(sorted({*homeless})))
+            note_fact(key, json.dumps(after))
         for each in self.look.in_order([] if rehearsal.on else new):
             when = self.config.told_window(each.start, each.end, each.tz)
             self.tell(now, 'affected', f"the hosts of '{place.name}' no longer have room for all "
                       f'of its VMs ({quantity("vms", each.vms)} from {when}). Choose another time '
                       'or fewer VMs', each, each.id, admins=True)
         return [{'resource': place.name, 'what': 'reservations without a host',
-                 'before': len(before), 'after': len({*homeless})}]
+                 'before': len(before), 'after': len(after)}]
 
     def sync_hosts(self, place, aggregate: Aggregate,
                    now: float) -> tuple[list[tuple], dict[int, bool]]:
@@ -15927,9 +15937,7 @@ class Plan(Operations):
     def add_synced(self, cloud: str, name: str, new: dict, now: float) -> None:
         """Makes the resource of an aggregate."""
         self.policy.refuse_taken_resource(name)
-        insert(Resource, **{'name': name, 'cell': '', 'cloud': cloud, 'region': '',
-                            'vms': None, 'mode': '', 'named': '',
-                            'added': int(now), 'hold': 0, 'approval': 0, 'no_show': 0} | new)
+        insert(Resource, name=name, added=int(now), **NEW_RESOURCE | new | {'cloud': cloud})
         self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
                      f"'{new['aggregate']}'")
 
@@ -15950,7 +15958,9 @@ class Plan(Operations):
                 say_of_host(0, dict.fromkeys(properties, 'private') if private else {})
             self.journal(now, 'resource', f"said of the host '{name}': {', '.join(properties)}")
             shown = properties_of(found[0].resource_id)[found[0].id]
-            return {'name': name, 'properties': shown | properties}
+            if dry_run:
+                shown = {each: value for each, value in (shown | properties).items() if value}
+            return {'name': name, 'properties': shown}
 
     @api('POST', '/resource/<name>/capacity',
          'resource capacity demo --from 2027-03-01 --to 2027-03-08 --vms 4 --dry-run',
@@ -16136,27 +16146,26 @@ class Plan(Operations):
         return outcome
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
-        """Moves what has not begun elsewhere in its cloud, else to later: where it is now."""
-        if now >= found.held_from or found.server:
-            return None
-        here = resource_of(found.resource_id, removed=True)
-        others = [each for each in self.look.places() if each.cloud == here.cloud
-                  and each.id != here.id
-                  and not found.host and not each.approval and each.mode == here.mode]
-        wish = self.wishes.carried_on(found)
-        for place in others:
-            if self.moved_to(found, wish._replace(resource=place), now, alone=True):
-                return place.name, found.start
-        with self.bookings.as_if_without(found):
-            need = found.held_until - found.held_from
-            first = next((int(first) for first, _ in free_slots(
-                here, amount_of(found), found, found.held_from, LAST.timestamp(), need)),
-                         None)
-        start = found.start if first is None else first + found.lead
-        later = wish._replace(resource=here, start=start, end=start + found.end - found.start)
-        if first is not None and self.moved_to(found, later, now, alone=True):
-            return here.name, start
+        """Moves what has not begun; where, and when it starts there."""
+        for wish in () if now >= found.held_from or found.server else self.elsewhere(found):
+            if self.moved_to(found, wish, now, alone=True):
+                return wish.resource.name, wish.start
         return None
+
+    def elsewhere(self, found) -> Iterator[Wish]:
+        """An occurrence on each other resource of its cloud, then later where it is now."""
+        here, wish = resource_of(found.resource_id, removed=True), self.wishes.carried_on(found)
+        for place in self.look.places() if not found.host else ():
+            alike = (place.cloud, place.mode) == (here.cloud, here.mode)
+            if alike and place.id != here.id and not place.approval:
+                yield wish._replace(resource=place)
+        with self.bookings.as_if_without(found):
+            slots = free_slots(here, amount_of(found), found, found.held_from, LAST.timestamp(),
+                               found.held_until - found.held_from)
+            later = next(slots, None)
+        if later:
+            start = int(later[0]) + found.lead
+            yield wish._replace(resource=here, start=start, end=start + found.end - found.start)
 
     def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
         """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise
@@ -16260,9 +16269,8 @@ class Plan(Operations):
                     f'AND NOT ({ON_HOSTS})', place.id)}
                 right = dict(held_steps(place.id))
                 steps_seen += len(right)
-                wrong = sorted(step for step in kept.keys() | right.keys()
-                               if kept.get(step) != right.get(step))
-                found = [(step, kept.get(step), right.get(step)) for step in wrong]
+                wrong = {step for step, _ in kept.items() ^ right.items()}
+                found = [(step, kept.get(step), right.get(step)) for step in sorted(wrong)]
                 found += differing_on_hosts(place.id, int(self.clock()))
                 differences += [{'resource': place.name, 'at': instant(step[1]), 'kept': had,
                                  'right': has} for step, had, has in found]
@@ -16428,14 +16436,12 @@ class Claims(Operations):
         Args:
           claims: as they were when the look began; of what was decided since, it can't tell
         """
-        other = defaultdict(list)  # those that are otherwise than before, by occurrence
-        for each in claims:
-            for claim in rows('SELECT * FROM claim WHERE id = ? AND due IS NOT NULL AND asked = ?',
-                              each.id, each.asked):
-                if self.note_seat(claim, seats[each.server], now):
-                    other[claim.occurrence].append(claim.id)
-        for id, changed in other.items():
-            self.follow_seats(id, changed, now)
+        there = [claim for each in claims for claim in rows(
+            'SELECT * FROM claim WHERE id = ? AND due IS NOT NULL AND asked = ?',
+            each.id, each.asked)]
+        other = [each for each in there if self.note_seat(each, seats[each.server], now)]
+        for those in grouped(other, 'occurrence'):
+            self.follow_seats(those[0].occurrence, [each.id for each in those], now)
 
     def note_seat(self, claim, seat: Seat | None, now: float) -> bool:
         """Notes of a claim where its server is; whether that was not known, or is another host."""
@@ -17434,10 +17440,20 @@ class Tokens(Operations):
             if old:  # VMs that were made with it go on
                 change(Credential, old.id, **values)
                 self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
-            id = old.id if old else insert(Credential, **mine, **values)
+            id = old.id if old else self.insert_credential(mine | values)
             self.journal(now, 'token', f'gave a credential for {cloud}')
         return {'id': id, **mine, 'application': application, 'trust': trust,
                 'added': instant(values['added'])}
+
+    def insert_credential(self, values: dict) -> int:
+        """Writes a credential under an id that none had before: some process may still have that
+        one open."""
+        newest = row('SELECT coalesce(max(id), 0) AS id FROM credential').id
+        id = max(newest, int(fact('last credential') or 0)) + 1
+        insert(Credential, id=id, **values)
+        if not rehearsal.on:
+            note_fact('last credential', f'{id}')
+        return id
 
     def refuse_trust_of_others(self, cloud: str, trust: str) -> None:
         """Refuses a trust that is not from who asks, for their project and in their name."""
@@ -17492,16 +17508,15 @@ class Tokens(Operations):
         mine = 'WHERE user = ? AND project = ? AND'
         roles = {each.role for each in rows(
             f'SELECT role FROM token {mine} revoked IS NULL', user, project)}
-        ended = []
+        ends = {}
         if not roles:
-            ended.append((run(f'UPDATE feed SET revoked = ? {mine} revoked IS NULL',
-                              int(now), user, project).rowcount, 'feeds'))
-            ended.append((run(f'DELETE FROM share WHERE reservation_id IN ({OWNED_IN})', user,
-                              project).rowcount, 'shared pages'))
+            ends['feeds'] = f'UPDATE feed SET revoked = {int(now)} {mine} revoked IS NULL'
+            ends['shared pages'] = f'DELETE FROM share WHERE reservation_id IN ({OWNED_IN})'
         if not roles - {READER}:
-            ended.append((run(f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL',
-                              user, project).rowcount, 'subscriptions'))
-        return ''.join(f'; {number} {what} of {user} ended' for number, what in ended if number)
+            ends['subscriptions'] = f'UPDATE subscription SET due = NULL {mine} due IS NOT NULL'
+        ended = {what: run(sql, user, project).rowcount for what, sql in ends.items()}
+        return ''.join(f'; {number} {what} of {user} ended'
+                       for what, number in ended.items() if number)
 
 
 # Records #####################################################################
@@ -17547,6 +17562,12 @@ HOURS = f'''
          max(coalesce(max(late), 0), 0) FROM each GROUP BY of'''
 
 
+NAME_OF = '(SELECT name FROM resource s WHERE s.id = {})'.format
+#: By what a report sums up: of an occurrence, of what was refused, and of a forgotten day.
+SUMMED_BY = {'project': ('r.project', 'project', 'project'), 'user': ('r.user', 'actor', 'user'),
+             'resource': ('s.name', NAME_OF('resource_id'), NAME_OF('t.resource'))}
+
+
 class Records(Operations):
     """What was."""
 
@@ -17575,12 +17596,9 @@ class Records(Operations):
 
     def event_before(self, at: float) -> int:
         """The id of the last event before an instant; they are written in the order of time."""
-        low, high = 0, row('SELECT max(id) AS id FROM event').id or 0
-        while low < high:
-            middle = (low + high + 1) // 2
-            found = row('SELECT id, at FROM event WHERE id >= ? ORDER BY id LIMIT 1', middle)
-            low, high = (found.id, high) if found.at < at else (low, middle - 1)
-        return low
+        newest = row('SELECT max(id) AS id FROM event').id or 0
+        return bisect_left(range(newest), at, key=lambda id: row(
+            'SELECT at FROM event WHERE id > ? ORDER BY id LIMIT 1', id).at)
 
     @api('GET', '/punctuality/', 'punctuality --since 2026-11-01')
     def punctuality(self, since: When = None) -> PunctualityAnswer:
@@ -17598,17 +17616,13 @@ class Records(Operations):
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                 JOIN reservation r ON r.id = o.reservation_id
              WHERE TRUE{all_of(where)} ORDER BY v.account, v.id""", *given(where))
-        late: dict = defaultdict(list)
-        for each in found:
-            late[each.cloud].append(each)
-
         def spreads(servers: list, what: str) -> dict:
             delays = (getattr(each, what) for each in servers)
             return spread(what, [each for each in delays if each is not None])
-        clouds = [{'cloud': cloud, 'servers': len(servers), **spreads(servers, 'begun'),
+        clouds = [{'cloud': servers[0].cloud, 'servers': len(servers), **spreads(servers, 'begun'),
                    **spreads(servers, 'ready'),
                    'tried_again': sum(each.tries > 1 for each in servers)}
-                  for cloud, servers in late.items()]
+                  for servers in grouped(found, 'cloud')]
         failed = [{'planned': instant(each.planned), 'cloud': each.cloud, 'label': each.label,
                    'name': each.name, 'tries': each.tries, 'fault': each.fault}
                   for each in found if each.ready is None and each.fault]
@@ -17623,45 +17637,39 @@ class Records(Operations):
 
         A reservation counts from its lead time to its end. Default: the last 30 days.
         """
-        columns = {'project': 'r.project', 'user': 'r.user', 'resource': 's.name'}
-        refuse_unknown_word('group_by', group_by, columns)
+        refuse_unknown_word('group_by', group_by, SUMMED_BY)
+        of_held, of_refused, of_day = SUMMED_BY[group_by]
         now, lines = self.clock(), defaultdict(Counter)
         last = self.resolve(FIRST, until)[1] if until else int(now)
         first = self.resolve(since, LAST)[0] if since else last - 30 * DAY
         ways = self.look.ways({'user': '', 'project': ''}, (), first)
         near = ids_by((way, f'{which} AND o.start < {last} + {LONGEST_LEAD}')
                       for way, which in ways)
-        hours = HOURS.format(by=columns[group_by], own=f'TRUE{all_of(self.look.visible())}',
-                             near=near)
+        hours = HOURS.format(by=of_held, own=f'TRUE{all_of(self.look.visible())}', near=near)
         for name, *figures in run(hours, first, last, last, first,
                                   *(value for _, value in self.look.visible()), now, now):
             lines[name].update(dict(zip(('reserved', 'used', 'unused', 'late'),
                                         map(float, figures))))
-        self.add_forgotten(lines, group_by, first, last)
-        name_then = '(SELECT name FROM resource s WHERE s.id = resource_id)'
-        refused = {'project': 'project', 'user': 'actor',
-                   'resource': f"coalesce({name_then}, '')"}[group_by]
         mine = [] if self.actor.role == ADMIN else [self.actor.project]
-        for name, count in run(f"SELECT {refused}, count(*) FROM event WHERE code = 'refused' AND "
-                               "project <> '' AND reservation_id IS NULL AND at >= ? AND at < ? "
-                               f"{'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+        own = 'AND project = ?' * len(mine)
+        self.add_forgotten(lines, of_day, first, last, own, *mine)
+        for name, count in run(f"SELECT coalesce({of_refused}, ''), count(*) FROM event WHERE "
+                               "code = 'refused' AND project <> '' AND reservation_id IS NULL AND "
+                               f'at >= ? AND at < ? {own} GROUP BY 1', first, last, *mine):
             lines[name]['refused'] += count
         return [{group_by: name, 'reserved_hours': round(each['reserved'], 3),
                  'used_hours': round(each['used'], 3), 'unused_hours': round(each['unused'], 3),
                  'refused': int(each['refused']), 'late_worst': round(each['late'], 3)}
                 for name, each in sorted(lines.items())]
 
-    def add_forgotten(self, lines: dict, by_whom: str, first: int, last: int) -> None:
+    def add_forgotten(self, lines: dict, by: str, first: int, last: int, own: str, *mine) -> None:
         """Adds forgotten days to the lines of a report; of one that is cut, its share."""
-        mine = [] if self.actor.role == ADMIN else [self.actor.project]
-        by = ("(SELECT name FROM resource s WHERE s.id = t.resource)" if by_whom == 'resource'
-              else by_whom)
         share = f'(min(day + {DAY}, ?2) - max(day, ?1)) / {DAY}.0'
         units = {'reserved': 3600, 'used': 3600, 'unused': 3600, 'refused': 1}
         sums = ', '.join(f'sum({name} * {share}) / {unit}' for name, unit in units.items())
         for name, *figures, late in run(
                 f"SELECT coalesce({by}, ''), {sums}, max(late) FROM tally t WHERE day > ?1 - {DAY} "
-                f"AND day < ?2 {'AND project = ?' * len(mine)} GROUP BY 1", first, last, *mine):
+                f'AND day < ?2 {own} GROUP BY 1', first, last, *mine):
             lines[name].update(dict(zip(units, figures)))
             lines[name]['late'] = max(lines[name]['late'], late)
 
@@ -17675,8 +17683,7 @@ class Records(Operations):
                        ORDER BY start LIMIT {most}''', before, before)
         for each in old:
             self.forget_occurrence(each)
-        events = rows(f'''SELECT id, at, code, actor, project, resource_id, reservation_id
-                            FROM event e WHERE at < ?
+        events = rows(f'''SELECT * FROM event e WHERE at < ?
                            AND id < (SELECT max(id) FROM event) AND id <= (SELECT min(id)
                              FROM event) + {most}
                            AND NOT EXISTS (SELECT 1 FROM outbox WHERE event_id = e.id
@@ -17723,8 +17730,7 @@ class Records(Operations):
         run('DELETE FROM occurrence WHERE id = ?', old.id)
         id = old.reservation_id
         if not row(f'SELECT 1 AS one FROM reservation WHERE id = ? AND {STILL_KNOWN}', id):
-            self.forget_events(rows('SELECT id, at, code, actor, project, resource_id, '
-                                    'reservation_id FROM event WHERE reservation_id = ?', id))
+            self.forget_events(rows('SELECT * FROM event WHERE reservation_id = ?', id))
             run('UPDATE calendar_object SET reservation_id = NULL WHERE reservation_id = ?', id)
             run('DELETE FROM share WHERE reservation_id = ?', id)
             run('DELETE FROM reservation WHERE id = ?', id)

@@ -7399,6 +7399,24 @@ def test_what_a_process_has_begun_to_load_before_it_died_is_dropped_in_a_minute(
     assert len(eva.load(lines_of(5, vms=1))['taken']) == 5
 
 
+@pytest.mark.parametrize('seconds', [59, 61])
+def test_a_load_whose_process_stood_still_for_so_long_that_it_was_dropped_reserves_nothing(world, monkeypatch, seconds):
+    def stands_still(piece):
+        if piece == 3:
+            world.now += seconds
+            world.cycle.settle()
+    eva = world.as_user()
+    lines = lines_of(5, vms=1, start=f'{NOON + hours(1)}', end=f'{NOON + hours(2)}')
+    between(monkeypatch, eva, stands_still)
+    if seconds > cmres.GOES_ON:
+        with pytest.raises(NoCapacity, match='Try again'):
+            eva.load(lines)
+        assert not cmres.rows('SELECT id FROM reservation')
+        assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.STAGED}')
+    assert len(eva.load(lines)['taken']) == 5 == cmres.row('SELECT count(*) AS n FROM reservation').n
+    assert world.service.check()['differences'] == 0
+
+
 @pytest.mark.parametrize('then', ['move', 'cancel', 'notify'])
 def test_between_those_that_a_maintenance_affects_others_write(world, monkeypatch, then):
     for number in range(5):
@@ -7878,6 +7896,19 @@ def test_days_of_a_length_are_days_of_the_clocks_and_hours_are_hours(world, end,
     found = world.service.show('n')['occurrences']
     assert {(each['end'] - each['start']) / hours(1) for each in found} | {
         (world.service.show('once')['end'] - world.service.show('once')['start']) / hours(1)} <= lengths
+
+
+@pytest.mark.parametrize('more, ends', [('1d', '2027-03-28T11:00'), ('24h', '2027-03-28T12:00'), ('1d2h', '2027-03-28T13:00')])
+@pytest.mark.parametrize('command', ['extend', 'keep'])
+@pytest.mark.parametrize('repeat', [{}, {'repeat': 'daily', 'count': 3, 'tz': 'Europe/Paris'}])
+def test_days_by_which_a_reservation_gets_longer_are_days_of_its_clocks(world, more, ends, command, repeat):
+    if not repeat:
+        world.service.config = dataclasses.replace(world.service.config, timezone='Europe/Paris')
+    world.now = at_wall('Europe/Paris', 2027, 3, 27, 9).timestamp()
+    typed(world.service, 'add', label='lab', resource='demo', start='2027-03-27T09:00 Europe/Paris', end='+2h', **repeat)
+    longer = {'extend': {'by': more}, 'keep': {'until': f'+{more}'}}[command]
+    answer = typed(world.service, command, label='lab', **longer)
+    assert answer['end'].astimezone(PARIS).isoformat()[:16] == ends
 
 
 def test_what_clients_are_typed_reaches_the_server_as_it_was_typed(world):
@@ -12354,6 +12385,16 @@ def test_parts_and_hosts_may_be_a_series(named):
     assert named.service.check()['differences'] == 0
 
 
+def test_an_occurrence_of_a_request_is_cancelled_also_where_another_project_has_the_label_of_a_part(world):
+    eva, bob = world.as_user(), world.as_user('bob', 'chemistry')
+    first = NOON + hours(24)
+    eva.add('exam', start=first, end=hours(1), part='demo:1,demo:2', resource='-', repeat='daily', count=3)
+    book(bob, 'exam-1', 24, 25)
+    cancelled = world.service.delete('exam', occurrence=first.date())
+    assert [(each['label'], each['project']) for each in cancelled] == [('exam-1', 'biology'), ('exam-2', 'biology')]
+    assert labels(bob.list()) == ['exam-1']
+
+
 def test_a_series_with_parts_takes_resources_where_each_occurrence_has_room(world):
     regions(world, a1=2, a2=5)
     book(world.service, 'block', start=26, end=27, resource='a1', vms=1)
@@ -13767,7 +13808,7 @@ def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
     rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 4}, told={'h2': {'properties': {'HW_CPU_X86_AVX2': 'yes', 'arch': 'x86_64'}}})
     world.service.host_set('h3', {'gpu_count': '2', 'arch': 'x86_64'})
     shown = world.service.host_set('h3', {'owner': 'bio'}, private=True)
-    assert shown['properties']['gpu_count'] == '2' and shown['properties']['CUSTOM_GPU'] == '4'
+    assert [shown['properties'][each] for each in ('gpu_count', 'owner', 'CUSTOM_GPU')] == ['2', 'bio', '4']
     gpus(world, 'a', 'g2', where='gpu_count>=2 and arch==x86_64')
     gpus(world, 'b', 'g2', where='HW_CPU_X86_AVX2')
     gpus(world, 'c', 'g2', vms=2, where='arch=x86_64', affinity='apart')
@@ -13781,7 +13822,8 @@ def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
         gpus(world, 'd', 'g2', where='gpu_count>9')
     with pytest.raises(Invalid, match="where: 'gpu_count >> 2' is not like gpu_count>=2 and arch==x86_64"):
         gpus(world, 'd', 'g2', where='gpu_count >> 2')
-    world.service.host_set('h3', {'gpu_count': ''})
+    for dry_run in True, False:  # the answer has nothing of what is taken away
+        assert 'gpu_count' not in world.service.host_set('h3', {'gpu_count': ''}, dry_run=dry_run)['properties']
     with pytest.raises(Invalid, match='no host'):
         gpus(world, 'd', 'g2', where='gpu_count>=2')
     with pytest.raises(NotFound, match="No resource has a host 'h9'"):
@@ -30318,6 +30360,23 @@ def test_vms_are_made_in_the_name_of_who_gave_a_credential(far, nova):
     assert [each['tenant_id'] for each in nova.servers.values()] == ['lab']
     ann.credential_delete(1)
     assert ann.credential_list() == []
+
+
+def test_nobody_gets_the_session_of_a_credential_that_was_taken_away(far, nova):
+    """A process has it open still, under the id of the credential."""
+    nova.full, nova.applications = False, nova.applications | {('app-1', 's3cret'): 'bio', ('app-2', 'new'): 'geo'}
+    ann, bob = far.as_user('ann', 'chem'), far.as_user('bob', 'chem')
+    ann.credential_add('lab', 'app-1', 's3cret')
+    book_named(ann, 'image', 'tiny', label='hers', start=0)
+    live(far, 10)
+    ann.delete('hers')
+    live(far, 10)
+    ann.credential_delete(1)
+    assert bob.credential_add('lab', 'app-2', 'new', dry_run=True)['id'] == 2 and not bob.credential_list()
+    assert bob.credential_add('lab', 'app-2', 'new')['id'] == 2
+    book_named(bob, 'image', 'tiny', label='his', start=0)
+    live(far, 10)
+    assert [each['tenant_id'] for each in nova.servers.values()] == ['geo']
 
 
 def test_vms_are_made_in_the_name_of_who_gave_a_trust(far, nova):
