@@ -404,9 +404,11 @@ def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> da
     clock = read_clock(clocks[0]) if clocks else timedelta(0)
     from_now = day in NEAR_DAYS or re.match('last |this |.* (week|month)$', day)
     today = (now if from_now else after).astimezone(zone).date()
-    walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
-    moments = [at_clock(wall, zone, called) for wall in walls]
-    found = next((each for each in moments if is_later(each, after)), [None, *moments][-1])
+    found = None
+    for each in dates_of(day, today):
+        found = at_clock(at_midnight(each) + clock, zone, called)
+        if is_later(found, after):
+            break
     if isinstance(found, Typed):
         found.bare = not day
     return found
@@ -542,6 +544,10 @@ def named_dates(words: str, today: date) -> list[date]:
         is_one = DAY_NAMES[dates[0].weekday()].capitalize()
         raise ValueError(f"{dates[0].day} {dates[0]:%b %Y} is a {is_one}, not '{weekday}'")
     return fitting
+
+
+def at_midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day)
 
 
 def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
@@ -714,10 +720,6 @@ def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
 def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
     """The instant of a wall time, also of one that doesn't exist or exists twice."""
     return wall.replace(tzinfo=zone).astimezone(UTC)
-
-
-def at_midnight(day: date) -> datetime:
-    return datetime(day.year, day.month, day.day)
 
 
 def read_repeat(text: str, today: date = date.min) -> str:

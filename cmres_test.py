@@ -682,6 +682,12 @@ def test_times_are_read_as_people_say_them(text, paris):
     assert cmres.parse_time(text, PARIS, NOON) == (moment if moment.tzinfo else moment.replace(tzinfo=PARIS))
 
 
+@pytest.mark.parametrize('text', ['9:00 CET', 'sat 9:00 CET'])
+def test_what_clocks_call_their_time_is_asked_of_the_first_day_that_is_meant_alone(text):
+    eve = datetime(2027, 3, 27, 6, tzinfo=PARIS)  # of the day on which clocks go forward
+    assert cmres.parse_time(text, PARIS, eve) == eve + hours(3)
+
+
 @pytest.mark.parametrize('environ, link, zone', [
     ({'TZ': 'Europe/Paris'}, '', 'Europe/Paris'), ({'TZ': ':/usr/share/zoneinfo/Asia/Tokyo'}, '', 'Asia/Tokyo'),
     ({}, '/usr/share/zoneinfo/America/New_York', 'America/New_York'), ({'TZ': ''}, '/usr/share/zoneinfo/Asia/Tokyo', 'Asia/Tokyo'),
