@@ -28423,6 +28423,8 @@ def shown_setting(config: Config, name: str) -> str:
     value = getattr(config, name)
     if name in SECRETS and value:
         return 'set, but secret'
+    if name == 'database':
+        return without_password(value)
     if isinstance(value, bool):
         return str(value).lower()
     return f'{value:g}' if isinstance(value, float) else f'{value}'

@@ -22671,6 +22671,9 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
     assert shown['remind_before'] == ('60', 'config.ini', 'SIGHUP') and shown['no_overtaking_after'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
     assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, but secret'
     assert cmres.NEEDS_RESTART <= SETTINGS.keys()
+    monkeypatch.setenv('CMRES_DATABASE', 'postgresql://cmres:hush@db.example.org/cmres')
+    out = run('config', 'show')[1]
+    assert 'postgresql://cmres@db.example.org/cmres' in out and 'hush' not in out
 
 
 @pytest.mark.parametrize('text, sentence', [
