@@ -29760,7 +29760,7 @@ def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: floa
     """Prints events as they come, a line each, until it is interrupted."""
     while True:
         for each in events(**bound):
-            line = json_text(each) if form == 'json' else '  '.join(
+            line = json_text(each) if form in ('json', 'jsonl') else '  '.join(
                 in_cell(each[name], zone)
                 for name in ('at', 'actor', 'code', 'label', 'sentence')) + '\n'
             print(line, end='', flush=True)

@@ -23640,6 +23640,14 @@ def test_a_lost_key_is_made_again_and_that_is_told(run, tmp_path, caplog):
     assert "is not a key: its first line must be 64 hexadecimal digits." in run('list')[2]
 
 
+@pytest.mark.parametrize('form', ['json', 'jsonl'])
+def test_events_are_followed_in_lines_of_json_as_well(world, capsys, form):
+    asked = iter([world.service.events(limit=1)])
+    with pytest.raises(StopIteration):
+        cmres.follow(lambda **_: next(asked), {}, form, UTC, pause=0)
+    assert json.loads(capsys.readouterr().out)['code'] == world.service.events(limit=1)[0]['code']
+
+
 def test_events_can_be_followed_as_they_come(run, tmp_path):
     run('resource', 'add', 'demo', '--vms=3')
     follower = subprocess.Popen([*PROGRAM, 'events', '--follow'], cwd=tmp_path, text=True,
