@@ -29782,12 +29782,12 @@ def from_file(value: str, kind):
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, 'strerror', None) or 'it is not UTF-8'
         raise Invalid(f"Cannot read the file '{value}': {why}.") from None
-    return text if kind is File else loadable(file_rows(text, value))
+    return text if kind is File else loadable(file_rows(text, value) or [])
 
 
 def loadable(lines: list[dict]) -> list[dict]:
     """Lines without columns that `add` does not know, which are named, and without blank ones."""
-    if not all(isinstance(each, dict) for each in lines):
+    if not isinstance(lines, list) or not all(isinstance(each, dict) for each in lines):
         return lines  # the service says what is wrong with them
     listed = any({'id', 'state', 'added'} <= each.keys() for each in lines)
     known = API['add'].parameters.keys() | {'line'}

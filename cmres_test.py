@@ -6062,7 +6062,8 @@ def test_a_line_of_a_file_that_says_dry_run_is_not_reserved(service):
 @pytest.mark.parametrize('name, text, sentence', [
     ('f.json', '{"label": "x"}', 'Write a list of reservations'), ('f.json', '[{]', "cmres cannot read 'f.json' as JSON"),
     ('f.json', '[]', '1 to 100000 reservations at a time, not 0'), ('f.yaml', '- [', "'f.yaml' is not YAML"),
-    ('f.yaml', '5', 'Write a list of reservations'), ('f.csv', '', '1 to 100000 reservations at a time, not 0'),
+    ('f.yaml', '5', 'Write a list of reservations'), ('f.json', '5', 'Write a list of reservations'),
+    ('f.yaml', '', '1 to 100000 reservations at a time, not 0'), ('f.csv', '', '1 to 100000 reservations at a time, not 0'),
     ('f.csv', 'label\n"x', 'unexpected end of data|argument resource is missing')])
 def test_a_file_that_holds_no_reservations_is_refused(filled, tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
