@@ -28529,8 +28529,7 @@ class Client:
         path = re.sub(r'<(\w+)>', lambda part: quote(str(given.pop(part[1])), safe=''), path)
         if verb in ('POST', 'PATCH'):
             return verb, BASE + path, json.dumps(given).encode()
-        query = {name: ','.join(value) if isinstance(value, list) else value
-                 for name, value in given.items()}
+        query = {name: in_query(value) for name, value in given.items()}
         return verb, BASE + path + (f'?{urlencode(query)}' if query else ''), None
 
     def refusal(self, answer) -> Error:
@@ -28542,6 +28541,13 @@ class Client:
         except (ValueError, KeyError, AttributeError):
             return Unavailable(f'{self.url} answered {answer.status} {answer.reason}. This is not '
                                'cmres.')
+
+
+def in_query(value):
+    """A value of JSON as the text that is read as the same."""
+    if isinstance(value, dict):
+        value = [f'{name}={each}' for name, each in value.items()]
+    return ','.join(value) if isinstance(value, list) else value
 
 
 def server_address(url: str) -> str:

@@ -22974,6 +22974,46 @@ def test_a_client_without_a_server_says_so():
         Client('http://127.0.0.1:9', 'x', timeout=2).list()
 
 
+@pytest.fixture
+def cut_off():
+    """What answers the same bytes to each of its connections, and hangs up: its address."""
+    doors = []
+
+    def start(answer):
+        doors.append(socket.create_server(('127.0.0.1', 0)))
+
+        def serve(door=doors[-1]):
+            with contextlib.suppress(OSError):
+                while True:
+                    line, _ = door.accept()
+                    with line:
+                        line.recv(65536)
+                        line.sendall(answer)
+        threading.Thread(target=serve, daemon=True).start()
+        return f'http://127.0.0.1:{doors[-1].getsockname()[1]}'
+    yield start
+    for each in doors:
+        each.shutdown(socket.SHUT_RDWR)
+        each.close()
+
+
+@pytest.mark.parametrize('answer, why', [
+    (b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n[1', 'No answer from http.*IncompleteRead'),
+    (b'HTTP/1.1 500 Error\r\nContent-Length: 100\r\n\r\n{', 'answered 500 Error. This is not cmres'),
+    (b'SSH-2.0-OpenSSH_9\r\n', 'No answer from http.*SSH-2.0'), (b'', 'No answer from http')])
+def test_a_client_whose_answer_is_cut_off_or_no_http_says_so(cut_off, answer, why):
+    client = Client(cut_off(answer), 'x', timeout=5)
+    for ask in client.list, lambda: client.add('lab', 'demo', hours(1), hours(1)):
+        with pytest.raises(Unavailable, match=why):
+            ask()
+
+
+def test_a_client_asks_for_resource_classes_as_the_service_does(client, service):
+    service.resource_update('demo', classes={'CUSTOM_GPU': 2})
+    assert same(client, service, 'find', 'demo', hours(1), classes={'CUSTOM_GPU': 1})
+    assert same(client, service, 'find', 'demo', hours(1), classes={'CUSTOM_GPU': 3}) == []
+
+
 def test_metadata_may_have_any_names(client):
     assert client.add('lab', 'demo', hours(1), hours(1), metadata={'end': 'soon'})['metadata'] == {'end': 'soon'}
 
