@@ -28498,7 +28498,7 @@ class Client:
         Raises:
           Error: the same kinds as the service; Unavailable if there is no answer.
         """
-        from urllib.error import HTTPError, URLError
+        from urllib.error import HTTPError
         from urllib.request import Request, urlopen
         verb, address, body = self.address(operation, to_plain(given))
         try:
@@ -28514,9 +28514,10 @@ class Client:
                 return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
             raise self.refusal(error) from None
-        except (URLError, OSError, ValueError) as error:
+        except (OSError, ValueError, http_client.HTTPException) as error:
             why = getattr(error, 'reason', error)
-            if isinstance(why, ConnectionResetError) and key and not sent:
+            is_lost = isinstance(why, (ConnectionResetError, http_client.IncompleteRead))
+            if is_lost and key and not sent:
                 return self.call(operation, given, key)
             raise Unavailable(f'No answer from {self.url}: {first_line(why)}') from None
 
@@ -28538,7 +28539,7 @@ class Client:
             body = json.load(answer)
             return ERRORS.get(body.get('kind'), Error)(body['error'],
                                                        **from_plain(body.get('details', {})))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, OSError, http_client.HTTPException):
             return Unavailable(f'{self.url} answered {answer.status} {answer.reason}. This is not '
                                'cmres.')
 
