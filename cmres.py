@@ -29538,7 +29538,7 @@ def plain_calls(operation: Operation, flags: dict[str, str], plain: list[str]) -
     rest = [name for name in operation.parameters if name not in flags]
     if any(value.startswith('-') and value != ANY for value in flags.values()):
         return []
-    if len(plain) > 1 and operation.name in FOR_EACH and rest[0] == 'label':
+    if len(plain) > 1 and operation.name in FOR_EACH and rest[:1] == ['label']:
         return [Call(operation, flags | {'label': each}) for each in plain]
     if len(plain) > len(rest):
         raise Invalid(f"{operation.words}: '{plain[len(rest)]}' is one word too many. Put quotes "

@@ -23616,7 +23616,8 @@ def test_what_is_no_plain_line_is_read_by_fire(monkeypatch):
 @pytest.mark.parametrize('line, why', [
     ('list --label', '--label needs a value.'), ('list --label --user', '--label needs a value.'),
     ('list --label=a --label b', "label was given twice: 'a' and 'b'."),
-    ('extend a 1h b c d e f g', "extend: 'f' is one word too many. Put quotes around what belongs together.")])
+    ('extend a 1h b c d e f g', "extend: 'f' is one word too many. Put quotes around what belongs together."),
+    ('accept a b --label c --project d --dry-run', "accept: 'a' is one word too many. Put quotes around what belongs together.")])
 def test_a_line_that_lacks_a_value_or_has_too_much_is_refused_in_a_sentence(run, line, why):
     code, _, err = run(*line.split())
     assert (code, err) == (2, f'cmres: {why}\n')
