@@ -28617,6 +28617,11 @@ def nova_settings():
     return cfg.CONF.cmres
 
 
+def said_in(thing, name: str):
+    """A field of one of Nova's objects; None where it is not set."""
+    return getattr(thing, name) if thing.obj_attr_is_set(name) else None
+
+
 class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not
     concerned."""
@@ -28656,8 +28661,9 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     def with_lost(self, hosts: list, lost: list, spec) -> list:
         """The hosts of a request, and those that it lost here before: of several servers at once,
         Nova asks for each with what the one before has left."""
-        group = spec.obj_attr_is_set('instance_group') and spec.instance_group
-        return [each for each in [*hosts, *(each for each in lost if each not in hosts)]
+        group = said_in(spec, 'instance_group')
+        hosts = [*hosts, *(each for each in lost if each not in hosts)]
+        return [each for each in hosts
                 if not group or self.takes_in(each, group, spec.instance_uuid)]
 
     def takes_in(self, host, group, server: str) -> bool:
@@ -28671,7 +28677,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if
         it names none."""
-        hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
+        hints = said_in(spec, 'scheduler_hints') or {}
         return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
     def lets(self, verdict: bool | list, host) -> bool:
@@ -28684,15 +28690,14 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def is_rebuild(self, spec) -> bool:
         """Whether a server stays on its host, which Nova forces; users can give that hint too."""
-        forced = spec.obj_attr_is_set('force_hosts') and spec.force_hosts
-        return bool(forced and spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
-            (spec.scheduler_hints or {}).get('_nova_check_type') or []))
+        hints = said_in(spec, 'scheduler_hints') or {}
+        checks = hints.get('_nova_check_type') or []
+        return bool(said_in(spec, 'force_hosts')) and 'rebuild' in checks
 
     def is_move(self, spec) -> bool:
         """Whether a server has a host already: Nova keeps such a one in its cell."""
-        where = spec.obj_attr_is_set('requested_destination') and spec.requested_destination
-        left = spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts
-        return bool(left or where and where.obj_attr_is_set('cell') and where.cell)
+        where = said_in(spec, 'requested_destination')
+        return bool(said_in(spec, 'ignore_hosts') or where and said_in(where, 'cell'))
 
     def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
         """Whether each resource may be booted on, or on which of its hosts."""
@@ -28707,11 +28712,11 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
             moves: bool) -> dict[str, bool | list | None]:
         """What a cmres says of some resources, None where it is outside; a refusal is logged."""
         settings, flavor = nova_settings(), spec.flavor
+        classes = dict(classes_of(said_in(flavor, 'extra_specs') or {}))
         try:
             answer = self.answer(store, settings, [
                 spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
-                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts],
-                moves=moves, disk=self.disk_of(spec))
+                flavor.memory_mb, classes, label, hosts], moves=moves, disk=self.disk_of(spec))
         except Error as error:
             if isinstance(error, Invalid):  # it does answer: a hint is no label
                 log.info('%s may not start on hosts of cmres: %s', spec.instance_uuid, error)
@@ -28744,13 +28749,8 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def disk_of(self, spec) -> int:
         """The GB of its host's disk that a server takes: no root where it has a volume."""
-        volume = spec.obj_attr_is_set('is_bfv') and spec.is_bfv
-        root = 0 if volume else spec.flavor.root_gb
+        root = 0 if said_in(spec, 'is_bfv') else spec.flavor.root_gb
         return root + spec.flavor.ephemeral_gb + math.ceil(spec.flavor.swap / 1024)
-
-    def extra_specs(self, flavor) -> dict:
-        return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
-                else {})
 
 
 # Command line ################################################################
