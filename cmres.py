@@ -28848,8 +28848,8 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
                         or os.path.exists(key_file(config.database, config.key)))
     service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
-    service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     acts = None if noscheduler else cycle
+    service.wake, service.age = cycle.wake.set, acts and acts.age
     front = listening(Gate(web(service), service, acts), config)
     url = f'http://{config.host}:{config.port}'
     told += [channels(config), *(welcome(service, url) if demo else [])]
@@ -28857,15 +28857,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
         told.append('Nobody can sign in yet. Create the first token: cmres token add NAME --role '
                     'admin')
     serves = f'cmres {__version__} serves {url} from {without_password(config.database)}'
-    tell_start(serves, *told)
-    note_start(service, 'serve')
-    with running(acts, Housekeeper(service, acts, front), front.leave):
-        front.run()
-
-
-def tell_start(*lines: str) -> None:
-    """Prints all lines at once: who waits for the first has the others then."""
-    print('\n'.join(lines), flush=True)
+    run_until_stopped(service, 'serve', [serves, *told], acts, front)
 
 
 def listening(app: Gate, config: Config) -> Front:
@@ -28887,17 +28879,14 @@ def scheduler(config: Config, port: int = None) -> None:
     in_utc(config)
     told = prepared(config)
     service = local_service(config)
-    cycle = LifeCycle(config, service.clouds)
-    service.wake, service.age, front = cycle.wake.set, cycle.age, None
+    cycle, front = LifeCycle(config, service.clouds), None
+    service.wake, service.age = cycle.wake.set, cycle.age
     if port is not None:
         config.take(port=port)
         front = listening(Gate(health_of(service), service, cycle), config)
         told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
-    first = f'cmres {__version__} runs the scheduler of {without_password(config.database)}'
-    tell_start(first, *told)
-    note_start(service, 'scheduler')
-    with running(cycle, Housekeeper(service, cycle, front), front and front.leave) as stop:
-        front.run() if front else stop.wait()
+    runs = f'cmres {__version__} runs the scheduler of {without_password(config.database)}'
+    run_until_stopped(service, 'scheduler', [runs, *told], cycle, front)
 
 
 def tick(config: Config) -> None:
@@ -29206,32 +29195,37 @@ def in_utc(config: Config) -> None:
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)
 
 
-@contextmanager
-def running(cycle: LifeCycle | None, keeper: Housekeeper,
-            leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
-    """Runs a life cycle and a housekeeper beside what follows. SIGTERM and Ctrl-C call `leave`, or
-    end what follows at once; all ends in good order."""
-    stop = threading.Event()
+def run_until_stopped(service: Reservations, name: str, lines: list[str],
+                      cycle: LifeCycle | None, front: Front | None) -> None:
+    """Tells that a process has started, and runs a life cycle and the sockets of a server, as far
+    as it has them, until SIGTERM or Ctrl-C; all ends in good order."""
+    print('\n'.join(lines), flush=True)  # who waits for the first line has the others then
+    note_start(service, name)
+    stop, keeper = threading.Event(), Housekeeper(service, cycle, front)
+    watch = threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
+    keeper.start()
+    heed_signals(stop, keeper, front)
+    try:
+        if cycle:
+            watch.start()
+        tell_systemd('READY=1')
+        front.run() if front else stop.wait()
+    finally:
+        stop.set()
+        if watch.ident:  # no signal came before it was started
+            watch.join()
+        store_file.settle()
+        keeper.end()
 
+
+def heed_signals(stop: threading.Event, keeper: Housekeeper, front: Front | None) -> None:
+    """SIGTERM and Ctrl-C let a server leave, or end what waits at once; SIGHUP reads settings."""
     def end(*_):
         stop.set()
         raise SystemExit(0)
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, (lambda *_: leave()) if leave else end)
+        signal.signal(each, (lambda *_: front.leave()) if front else end)
     signal.signal(signal.SIGHUP, lambda *_: keeper.read_again())
-    watch = cycle and threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
-    try:
-        keeper.start()
-        if watch:
-            watch.start()
-        tell_systemd('READY=1')
-        yield stop
-    finally:
-        stop.set()
-        if watch:
-            watch.join()
-        store_file.settle()
-        keeper.end()
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
@@ -29251,7 +29245,8 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
         told = hangs
         stop.wait(every)
     cycle.wake.set()
-    thread.join(30)  # one that hangs is left behind
+    if thread:
+        thread.join(30)  # one that hangs is left behind
 
 
 def local_service(config: Config, make: bool = False) -> Reservations:

@@ -22560,6 +22560,24 @@ def test_a_housekeeper_that_has_nothing_to_write_opens_no_connection(world, monk
     assert rounds == [world.service.shares.uses.write, keeper.audit]
 
 
+def test_a_signal_that_comes_before_a_scheduler_runs_ends_it_in_good_order(world, monkeypatch):
+    ends, start, end = [], threading.Thread.start, cmres.Housekeeper.end
+
+    def begin(thread):
+        if thread.name == 'watch':
+            raise SystemExit(0)  # as who handles a signal does
+        start(thread)
+    monkeypatch.setattr(threading.Thread, 'start', begin)
+    monkeypatch.setattr(cmres, 'heed_signals', lambda *_: None)
+    monkeypatch.setattr(cmres.Housekeeper, 'end', lambda keeper: (ends.append(keeper), end(keeper)))
+    with pytest.raises(SystemExit):
+        cmres.run_until_stopped(world.service, 'scheduler', [], world.cycle, None)
+    assert len(ends) == 1 and not ends[0].is_alive()
+    stop = threading.Event()
+    stop.set()
+    cmres.keep_running(world.cycle, stop)
+
+
 @pytest.mark.sqlite  # what only its log has
 def test_once_a_minute_the_file_alone_has_everything(world, tmp_path):
     """Who loses the log, or copies the file without it, loses a minute at most."""
