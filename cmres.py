@@ -1438,8 +1438,11 @@ RESERVATION_FIELDS = (
 TEXT_FIELDS = frozenset(f'{RESERVATION_FIELDS} sentence message actor when what then link'.split())
 
 
-def setting(default, least=None, most=10**9):
-    return dataclasses.field(default=default, metadata={'least': least, 'most': most})
+def setting(default, least=None, most=10**9, *, words=(), restart=False, secret=False):
+    """A setting: between which numbers it is, or one of which words; whether it is read once, as
+    sockets, threads, files and what hangs on them are, and whether only its owner may read it."""
+    return dataclasses.field(default=default, metadata={
+        'least': least, 'most': most, 'words': words, 'restart': restart, 'secret': secret})
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
@@ -1447,18 +1450,18 @@ class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
     # the store, and how `serve` is reached
-    database: str = setting('cmres.db')
-    key: str = setting('')
-    host: str = setting('127.0.0.1')
-    port: int = setting(8080, 0, 65535)
-    threads: int = setting(8, 1)
-    slow_per_user: int = setting(2, 1)
-    slow_per_target: int = setting(4, 1)
-    outside_timeout: float = setting(50.0, 0.1)
-    url: str = setting('')
-    token: str = setting('')
+    database: str = setting('cmres.db', restart=True)
+    key: str = setting('', restart=True)
+    host: str = setting('127.0.0.1', restart=True)
+    port: int = setting(8080, 0, 65535, restart=True)
+    threads: int = setting(8, 1, restart=True)
+    slow_per_user: int = setting(2, 1, restart=True)
+    slow_per_target: int = setting(4, 1, restart=True)
+    outside_timeout: float = setting(50.0, 0.1, restart=True)
+    url: str = setting('', restart=True)
+    token: str = setting('', restart=True, secret=True)
     # how much one may ask
-    connections: int = setting(2000, 10, 100_000)
+    connections: int = setting(2000, 10, 100_000, restart=True)
     connections_per_address: int = setting(200, 1)
     requests_per_address: int = setting(12000, 0)
     requests_per_user: int = setting(3000, 0)
@@ -1468,29 +1471,29 @@ class Config:
     wrong_tokens: int = setting(30, 1)
     # who says who asks
     trusted_proxies: str = setting('127.0.0.1, ::1')
-    keystone: str = setting('')
+    keystone: str = setting('', restart=True)
     keystone_roles: str = setting('admin:admin, member:user, reader:reader')
-    oidc: str = setting('')
+    oidc: str = setting('', restart=True)
     oidc_client: str = setting('')
-    oidc_secret: str = setting('')
+    oidc_secret: str = setting('', secret=True)
     oidc_claims: str = setting('preferred_username, project, role')
     identity_proxies: str = setting('')
     identity_header: str = setting('X-Remote')
     # what the operator sees
-    metrics: str = setting('token')
-    log_format: str = setting('text')
+    metrics: str = setting('token', words=('token', 'open', 'off'))
+    log_format: str = setting('text', words=('text', 'json'))
     log_requests: bool = setting(True)
     drain: float = setting(30.0, 0.0)
     min_disk: int = setting(100, 0)
-    timezone: str = setting('UTC')
+    timezone: str = setting('UTC', restart=True)
     # the life cycle and its clouds; seconds
-    workers: int = setting(32, 1)
-    call_timeout: float = setting(60.0, 0.1)
+    workers: int = setting(32, 1, restart=True)
+    call_timeout: float = setting(60.0, 0.1, restart=True)
     boot_timeout: float = setting(900.0, 0.1)
     lost_answer_wait: float = setting(15.0, 0.0)
     common_names: str = setting('')
     poll_changing: float = setting(1.0, 0.01)
-    poll_running: float = setting(60.0, 0.01)
+    poll_running: float = setting(60.0, 0.01, restart=True)
     sync_every: float = setting(300.0, 1)
     hosts_every: float = setting(10.0, 0.1)
     heal_after: float = setting(20.0, 0.0)
@@ -1501,8 +1504,8 @@ class Config:
     remind_before: float = setting(600.0, 0.0)
     end_grace: float = setting(600.0, 0.0)
     # who is told
-    webhook: str = setting('')
-    webhook_secret: str = setting('')
+    webhook: str = setting('', secret=True)
+    webhook_secret: str = setting('', secret=True)
     private_addresses: bool = setting(False)
     mail_server: str = setting('')
     mail_from: str = setting('cmres@localhost')
@@ -1518,7 +1521,7 @@ class Config:
     invitations_per_day: int = setting(200, 0)
     # calendars and the page
     calendar_poll: float = setting(300.0, 0.1)
-    caldav_refusal: str = setting('mark')
+    caldav_refusal: str = setting('mark', words=('mark', '403'))
     caldav_busy: bool = setting(False)
     caldav_events: int = setting(20000, 0)
     public_url: str = setting('')
@@ -1528,12 +1531,12 @@ class Config:
     # rules, and how long what is over is kept
     no_overtaking_after: float = setting(86400.0, 0.0)
     exempt_longest: float = setting(86400.0, 0.0)
-    at_end_stop: str = setting('hold')
+    at_end_stop: str = setting('hold', words=('hold', 'shelve', 'refuse'))
     delete_user_started: bool = setting(False)
     retention: int = setting(400, 1, 36500)
     project_texts: int = setting(100, 1, 10**6)
     orphan_grace: float = setting(60.0, 0.0)
-    verify_every: float = setting(3600.0, 0.1)
+    verify_every: float = setting(3600.0, 0.1, restart=True)
     max_pass_age: float = setting(180.0, 0.1)
     simulated_boot: float = setting(3.0, 0.0)
     simulated_failures: float = setting(0.0, 0.0, 1.0)
@@ -1543,11 +1546,11 @@ class Config:
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
-    path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
-    stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
-    sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
-    old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
-    read: Config | None = dataclasses.field(default=None, compare=False)  # without options
+    path: str = ''               # its file, if there is one
+    stamp: tuple = ()            # of that file, when it was read
+    sources: dict = dataclasses.field(default_factory=dict)  # of what is set, where
+    old_names: tuple = ()        # of settings that were read
+    read: Config | None = None   # without options
 
     def __init__(self, **given):
         known = self.__dataclass_fields__
@@ -1555,10 +1558,6 @@ class Config:
             raise TypeError(f'there is no setting {min(unknown)}')
         self.take(**{name: each.default_factory() for name, each in known.items()
                      if each.default is dataclasses.MISSING} | given)
-
-    def __eq__(self, other) -> bool:
-        return all(getattr(self, each.name) == getattr(other, each.name)
-                   for each in dataclasses.fields(self) if each.compare)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1635,12 +1634,6 @@ class Config:
         return self
 
 
-#: Settings that are one of some words.
-WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
-            'at_end_stop': ('hold', 'shelve', 'refuse'),
-            'caldav_refusal': ('mark', '403')}
-
-
 @functools.lru_cache
 def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
@@ -1655,6 +1648,7 @@ def read_networks(text: str, setting: str) -> list:
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
+NEEDS_RESTART = [name for name, each in SETTINGS.items() if each.metadata['restart']]
 #: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
 AGAIN = ('credentials', 'identities')
 
@@ -1749,7 +1743,8 @@ def read_setting(name: str, text: str):
     """The value of a setting; Invalid if the text is none."""
     if name not in SETTINGS:
         raise Invalid(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
-    usual, (least, most) = SETTINGS[name].default, SETTINGS[name].metadata.values()
+    usual, about = SETTINGS[name].default, SETTINGS[name].metadata
+    least, most, words = about['least'], about['most'], about['words']
     try:
         value = read_bool(text) if isinstance(usual, bool) else type(usual)(text)
     except ValueError:
@@ -1757,8 +1752,7 @@ def read_setting(name: str, text: str):
         raise Invalid(f"Setting {name}: '{text}' is not {what}.") from None
     if least is not None and not least <= value <= most:
         raise Invalid(f'Setting {name}: {text} is not between {least} and {most}.')
-    words = WORDS_OF.get(name, [value])
-    if value not in words:
+    if words and value not in words:
         raise Invalid(f"Setting {name}: '{value}' is not one of "
                       f"{', '.join(words)}{nearest(value, words)}")
     return value
@@ -28003,12 +27997,6 @@ SILENT = 30          # seconds between two looks at connections that do nothing
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 SETTLE_EVERY = 60    # seconds; what SQLite's log alone has is lost with it
 MOST_ADDRESSES = 10  # that one such event names
-#: What is read once: sockets, threads, files and what hangs on them.
-NEEDS_RESTART = frozenset(
-    'database key host port threads slow_per_user slow_per_target outside_timeout url token '
-    'timezone workers call_timeout poll_running verify_every connections keystone oidc'.split())
-#: Settings that only their owner may read.
-SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
 
 class Connections:
@@ -28421,7 +28409,7 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
 def shown_setting(config: Config, name: str) -> str:
     """A setting as people may see it."""
     value = getattr(config, name)
-    if name in SECRETS and value:
+    if SETTINGS[name].metadata['secret'] and value:
         return 'set, but secret'
     if name == 'database':
         return without_password(value)
@@ -28800,10 +28788,10 @@ ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '
         '--aggregate': (['resource', 'sync'], '--aggregates'),
         '--for': (['token'], '--lasts'), '--name': (['token'], '--purpose')}
 
-#: Commands of two words that mean another, and those that have a second name.
-PAIRED = {('events', 'export'): ['event', 'export'], ('journal', 'export'): ['event', 'export'],
-          ('calendar', 'preview'): ['occurrences']}
+#: Second names of commands, and commands of two words that mean another.
 ALIASES = {'cancel': 'delete', 'delays': 'punctuality', 'demo-data': 'generate'}
+PAIRED = {'events export': 'event export', 'journal export': 'event export',
+          'calendar preview': 'occurrences'}
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change '
@@ -29410,10 +29398,9 @@ def take_options(argv: list[str], options: dict) -> list[str]:
 
 def with_usual_names(words: list[str]) -> list[str]:
     """A line whose command has its own name, not another one that people give to it."""
-    words = [ALIASES.get(word, word) for word in words[:1]] + words[1:]
-    for old, new in PAIRED.items():
-        if words[:len(old)] == [*old]:
-            words[:len(old)] = new
+    for number, names in (1, ALIASES), (2, PAIRED):
+        said = ' '.join(words[:number])
+        words = names[said].split() + words[number:] if said in names else words
     if words[:1] == ['scheduler'] and '--once' in words:
         return ['tick', *(word for word in words[1:] if word != '--once')]
     if words[:1] == ['extend'] and any(word.startswith('--until') for word in words):
