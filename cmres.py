@@ -1305,9 +1305,8 @@ def unskipped(stretch: Stretch, key: str) -> Stretch:
     """A stretch that has the occurrence of a slot again, of a day that was left out only that."""
     day, skips = key[:10], [each for each in stretch.skips if each not in (key, key[:10])]
     if day in stretch.skips:
-        every = (wall.isoformat() for wall in walls(stretch._replace(skips=())))
-        until_then = itertools.takewhile(lambda slot: slot[:10] <= day, every)
-        skips += [slot for slot in until_then if slot[:10] == day and slot != key]
+        there = skipped_slots(stretch._replace(skips=(), shift=0), day)
+        skips += [slot for slot in there if slot != key]
     return stretch._replace(skips=tuple(skips))
 
 
