@@ -990,6 +990,15 @@ def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, 
     """The days, from 0, that BY parts leave of a kind of year, by its first weekday: there are 28.
     """
     starts, length = MONTHS[leap], 365 + leap
+def days_of_year(by: By, year: int) -> tuple[int, ...]:
+    """The days, from 0, that BY parts leave of a year."""
+    return days_left(by, date(year, 1, 1).weekday(), is_leap(year), is_leap(year - 1))
+
+
+def is_leap(year: int) -> bool:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+
+
     days = set(range(length))
     months = [range(*starts[number - 1:number + 1]) for number in by.months or range(1, 13)]
     if by.months:
@@ -1096,23 +1105,17 @@ def rule_days(rule: Rule, start: date, begin: date) -> Iterator[list[int]]:
 def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterator[list[int]]:
     """The days of a rule from one on, year by year, as far as times go."""
     for year in range(date.fromordinal(first).year, min(rule.last.year, LAST.year) + 1):
-        start = date(year, 1, 1)
-        before = start.toordinal()
-        kinds = start.weekday(), is_leap(year), is_leap(year - 1)
+        before = date(year, 1, 1).toordinal()
         STEPS.take(10)
         if rule.unit == 'YEARLY' and turn(before) % rule.interval:
             continue
-        days = [before + day for day in days_left(rule.by, *kinds)]
+        days = [before + day for day in days_of_year(rule.by, year)]
         STEPS.take(len(days) // (2 if rule.positions or rule.interval > 1 else 8))
         if rule.interval > 1:
             days = [day for day in days if turn(day) % rule.interval == 0]
         if days and days[0] < first:
             days = [day for day in days if day >= first]
         yield days
-
-
-def is_leap(year: int) -> bool:
-    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
 
 
 def rule_walls(rule: Rule, start: datetime, near: datetime) -> Iterator[datetime]:
@@ -1147,11 +1150,11 @@ def on_rule(rule: str, start: datetime, wall: datetime) -> bool:
     read = read_rule(rule, start)
     if read.count or read.positions:
         return next(followed(rule, start, wall), None) == wall
-    day, year = wall.toordinal(), date(wall.year, 1, 1)
-    kinds = year.weekday(), is_leap(wall.year), is_leap(wall.year - 1)
-    return (start <= wall <= read.last and wall - at_midnight(wall) in read.times
-            and turn_of(read, start.date())(day) % read.interval == 0
-            and day - year.toordinal() in days_left(read.by, *kinds))
+    if not start <= wall <= read.last or wall - at_midnight(wall) not in read.times:
+        return False
+    day, before = wall.toordinal(), date(wall.year, 1, 1).toordinal()
+    in_turn = turn_of(read, start.date())(day) % read.interval == 0
+    return in_turn and day - before in days_of_year(read.by, wall.year)
 
 
 def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
