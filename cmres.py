@@ -1212,17 +1212,11 @@ def slots(stretch: Stretch, begin: float, until: float,
         ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
         ruled = heapq.merge(ruled, moved_walls(stretch))
     for wall in ruled:
-        key = wall.isoformat()
-        shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
-        length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
-        if key in stretch.moved:
-            shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
-            shifted = datetime.fromisoformat(shifted)
-        start, end = window_of(shifted, int(length), zone, exact)
+        slot = slot_at(stretch, wall, lengths, zone)
         STEPS.take(5)
         if end > begin and start < until:
             found += 1
-            yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
+            yield slot
         if found > MOST_OCCURRENCES:
             raise Invalid(f'This series has more than {MOST_OCCURRENCES} occurrences before '
                           f'{format_day(instant(int(until)))}. Choose an earlier last date.')
@@ -1233,6 +1227,18 @@ def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tu
     later; never none between them."""
     start = from_wall(wall, zone)
     end = from_wall(wall + timedelta(seconds=length), zone) if length else start
+def slot_at(stretch: Stretch, wall: datetime, lengths: dict[str, str], zone: tzinfo) -> Slot:
+    """What a stretch wants at one of its wall times; `lengths` of dates that have their own."""
+    key = wall.isoformat()
+    shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
+    length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
+    if key in stretch.moved:
+        moved, length, vms, exact = [*stretch.moved[key], 0][:4]
+        shifted = datetime.fromisoformat(moved)
+    start, end = window_of(shifted, int(length), zone, exact)
+    return Slot('' if stretch.single else key, start, end, vms, stretch.resource)
+
+
     end += timedelta(seconds=exact)
     end = end if end > start else start + timedelta(seconds=length + exact)
     return int(start.timestamp()), int(end.timestamp())
