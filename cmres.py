@@ -760,9 +760,7 @@ def spoken_rule(words: str, today: date) -> str:
         text = match[1]
         ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words, today)}'
     text, _, more = text.removesuffix(')').partition(' (')
-    names = {word: name for name, word in MORE_PARTS.items()}
-    said = [part.rpartition(' ') for part in more.split('; ') if part]
-    ends = ''.join(f';{names.get(word, word)}={value.upper()}' for word, _, value in said) + ends
+    ends = spoken_parts(more) + ends
     text = SAME_RULES.get(text, text)
     for said, meant in SAID_OTHERWISE:
         text = re.sub(said, meant, text)
@@ -774,6 +772,13 @@ def spoken_rule(words: str, today: date) -> str:
     rule = f"FREQ={match['name'].upper() if match['name'] else FREQUENCIES[match['unit']]}"
     rule += f";INTERVAL={match['number']}" if match['number'] else ''
     return rule + (spoken_days(match['on'], words) if match['on'] else '') + ends
+
+
+def spoken_parts(text: str) -> str:
+    """The parts of an RRULE that stand in parentheses: months 1,2; hours 9."""
+    names = {word: name for name, word in MORE_PARTS.items()}
+    said = [part.rpartition(' ') for part in text.split('; ') if part]
+    return ''.join(f';{names.get(word, word)}={value.upper()}' for word, _, value in said)
 
 
 def every_named_day(text: str, interval: str, words: str) -> str:
@@ -814,16 +819,20 @@ def is_weekday(word: str) -> bool:
     return any(name.startswith(word) or f'{name}s' == word for name in DAY_NAMES)
 
 
+def parts_of(rule: str) -> dict[str, str]:
+    return dict(part.split('=') for part in rule.split(';'))
+
+
 def rule_in_words(rule: str) -> str:
     """A repetition for people, which `read_repeat` reads back."""
-    parts = dict(part.split('=') for part in rule.split(';'))
+    parts = parts_of(rule)
     unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
     number = int(parts.get('INTERVAL', 1))
     every = f'every {number} {unit}s' if number > 1 else f'every {unit}'
     days = None if {'BYDAY', 'BYMONTHDAY'} <= parts.keys() else days_in_words(parts)
+    more = MORE_PARTS.keys() - (() if days is None else ('BYDAY', 'BYMONTHDAY'))
     rest = '; '.join(f'{MORE_PARTS[name]} {value}' for name, value in parts.items()
-                     if name in MORE_PARTS and (days is None or not name.endswith('DAY')
-                                                or name == 'BYYEARDAY'))
+                     if name in more)
     if number == 1 and unit == 'week' and days:
         every, days = ('every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday'
                        else 'weekday')
@@ -874,9 +883,9 @@ def checked_rule(rule: str) -> str:
     if parts.get('FREQ') not in FREQUENCIES.values():
         raise ValueError(f"FREQ={parts.get('FREQ', '')} is not one of "
                          f"{', '.join(FREQUENCIES.values())}.")
-    if not all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
-               for day in parts.get('BYDAY', 'MO').split(',')) or parts.get('WKST',
-                                                                            'MO') not in WEEKDAYS:
+    are_days = all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
+                   for day in parts.get('BYDAY', 'MO').split(','))
+    if not are_days or parts.get('WKST', 'MO') not in WEEKDAYS:
         raise ValueError(f'{rule}: write a day as MO, TU, WE, TH, FR, SA or SU; in BYDAY also as '
                          '1MO or -1FR.')
     if 'UNTIL' in parts and ('COUNT' in parts or not read_until(parts['UNTIL'])):
@@ -912,10 +921,6 @@ def local_rule(rule: str, zone: ZoneInfo) -> str:
         last = to_wall(last.replace(tzinfo=UTC), zone) if match[1].endswith('Z') else last
         return f'UNTIL={min(last, LAST.replace(tzinfo=None)):%Y%m%dT%H%M%S}'
     return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
-
-
-def parts_of(rule: str) -> dict[str, str]:
-    return dict(part.split('=') for part in rule.split(';'))
 
 
 def explicit(rule: str, start: datetime) -> str:
@@ -985,11 +990,6 @@ MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30
                                       initial=0),) for leap in (0, 1))
 
 
-@functools.lru_cache(4000)
-def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
-    """The days, from 0, that BY parts leave of a kind of year, by its first weekday: there are 28.
-    """
-    starts, length = MONTHS[leap], 365 + leap
 def days_of_year(by: By, year: int) -> tuple[int, ...]:
     """The days, from 0, that BY parts leave of a year."""
     return days_left(by, date(year, 1, 1).weekday(), is_leap(year), is_leap(year - 1))
@@ -999,6 +999,11 @@ def is_leap(year: int) -> bool:
     return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
 
 
+@functools.lru_cache(4000)
+def days_left(by: By, weekday: int, leap: bool, after_leap: bool) -> tuple[int, ...]:
+    """The days, from 0, that BY parts leave of a kind of year, by its first weekday: there are 28.
+    """
+    starts, length = MONTHS[leap], 365 + leap
     days = set(range(length))
     months = [range(*starts[number - 1:number + 1]) for number in by.months or range(1, 13)]
     if by.months:
@@ -1214,7 +1219,7 @@ def slots(stretch: Stretch, begin: float, until: float,
     for wall in ruled:
         slot = slot_at(stretch, wall, lengths, zone)
         STEPS.take(5)
-        if end > begin and start < until:
+        if slot.end > begin and slot.start < until:
             found += 1
             yield slot
         if found > MOST_OCCURRENCES:
@@ -1222,11 +1227,6 @@ def slots(stretch: Stretch, begin: float, until: float,
                           f'{format_day(instant(int(until)))}. Choose an earlier last date.')
 
 
-def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
-    """The instants of a wall time and of its end, `length` seconds by the clocks and `exact` ones
-    later; never none between them."""
-    start = from_wall(wall, zone)
-    end = from_wall(wall + timedelta(seconds=length), zone) if length else start
 def slot_at(stretch: Stretch, wall: datetime, lengths: dict[str, str], zone: tzinfo) -> Slot:
     """What a stretch wants at one of its wall times; `lengths` of dates that have their own."""
     key = wall.isoformat()
@@ -1239,6 +1239,11 @@ def slot_at(stretch: Stretch, wall: datetime, lengths: dict[str, str], zone: tzi
     return Slot('' if stretch.single else key, start, end, vms, stretch.resource)
 
 
+def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
+    """The instants of a wall time and of its end, `length` seconds by the clocks and `exact` ones
+    later; never none between them."""
+    start = from_wall(wall, zone)
+    end = from_wall(wall + timedelta(seconds=length), zone) if length else start
     end += timedelta(seconds=exact)
     end = end if end > start else start + timedelta(seconds=length + exact)
     return int(start.timestamp()), int(end.timestamp())
@@ -1296,7 +1301,7 @@ def shifted_rule(stretch: Stretch) -> str:
     moved = first + timedelta(seconds=stretch.shift)
     days = (moved.date() - first.date()).days
     by = {name for name in parts if name.startswith('BY')}
-    if by & {'BYHOUR', 'BYMINUTE', 'BYSECOND'}:
+    if by & {*CLOCK_PARTS}:
         return ''
     if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
         if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
