@@ -28350,7 +28350,6 @@ class Housekeeper(threading.Thread):
     def round(self) -> None:
         """One round of all that there is to do."""
         if self.again:
-            self.again = False
             self.guarded(self.settings)
         shares = self.service.shares
         if shares.uses.seen:  # else no connection is made for nothing
@@ -28391,6 +28390,7 @@ class Housekeeper(threading.Thread):
 
     def settings(self) -> None:
         """Reads the settings again, and tells what has changed."""
+        self.again = False
         tell_systemd(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
         try:
             for line in read_settings_again(self.service.config):

@@ -22583,6 +22583,22 @@ def test_a_signal_that_comes_before_a_scheduler_runs_ends_it_in_good_order(world
     cmres.keep_running(world.cycle, stop)
 
 
+def test_settings_are_read_again_also_where_the_database_comes_back_later(world, monkeypatch):
+    keeper, reads = cmres.Housekeeper(world.service), []
+    monkeypatch.setattr(cmres, 'read_settings_again', lambda config: reads.append(config) or [])
+
+    def away(_):
+        raise Unavailable('The database is away.')
+    with monkeypatch.context() as patch:
+        patch.setattr(cmres.peewee.DatabaseProxy, 'connection_context', away)
+        keeper.read_again()
+        keeper.round()
+        assert reads == []
+    keeper.round()
+    keeper.round()
+    assert reads == [world.service.config]
+
+
 @pytest.mark.sqlite  # what only its log has
 def test_once_a_minute_the_file_alone_has_everything(world, tmp_path):
     """Who loses the log, or copies the file without it, loses a minute at most."""
