@@ -28502,15 +28502,14 @@ class Client:
         from urllib.error import HTTPError
         from urllib.request import Request, urlopen
         verb, address, body = self.address(operation, to_plain(given))
+        key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
+        headers = {'Authorization': f'Bearer {self.token}', 'Idempotency-Key': key,
+                   'Content-Type': 'application/json' if body else ''}
+        headers = {name: value for name, value in headers.items() if value}
         try:
-            request = Request(self.url + address, body, {'Authorization': f'Bearer {self.token}'},
-                              method=verb)
-            if body:
-                request.add_header('Content-Type', 'application/json')
-            key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
-            if key:
-                request.add_header('Idempotency-Key', key)
+            request = Request(self.url + address, body, headers, method=verb)
             with urlopen(request, timeout=self.timeout) as answer:
+                self.refuse_moved(request, answer)
                 self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
@@ -28533,6 +28532,13 @@ class Client:
             return verb, BASE + path, json.dumps(given).encode()
         query = {name: in_query(value) for name, value in given.items()}
         return verb, BASE + path + (f'?{urlencode(query)}' if query else ''), None
+
+    def refuse_moved(self, request, answer) -> None:
+        """Refuses what came from elsewhere to more than a question: only that is asked again there.
+        """
+        if request.method != 'GET' and answer.url != request.full_url:
+            raise Unavailable(f'Nothing was changed: {self.url} sends requests to {answer.url}. Use '
+                              'the address of that server.')
 
     def refusal(self, answer) -> Error:
         """The error that the server sent, of the same kind; else the words of who answered."""

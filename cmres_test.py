@@ -22896,7 +22896,8 @@ def test_a_client_whose_answer_is_lost_asks_again_and_it_is_done_once(client, se
         with usual(request, **more) as answer:
             if len(sent) == 1:
                 raise http.client.RemoteDisconnected('cut off')
-            return contextlib.nullcontext(types.SimpleNamespace(read=lambda body=answer.read(): body, headers=answer.headers))
+            return contextlib.nullcontext(types.SimpleNamespace(read=lambda body=answer.read(): body, headers=answer.headers,
+                                                                url=answer.url))
     monkeypatch.setattr(urllib.request, 'urlopen', lossy)
     assert client.add('lab', 'demo', NOON + hours(1), NOON + hours(2))['state'] == 'reserved'
     assert len(sent) == 2 and sent[0] == sent[1] != '' and labels(service.list()) == ['lab']
@@ -23044,6 +23045,35 @@ def test_a_client_whose_answer_is_cut_off_or_no_http_says_so(cut_off, answer, wh
     for ask in client.list, lambda: client.add('lab', 'demo', hours(1), hours(1)):
         with pytest.raises(Unavailable, match=why):
             ask()
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """A server in front of another one, to which it sends everybody."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.send_response(301)
+        self.send_header('Location', self.server.there + self.path)
+        self.send_header('Content-Length', '0')
+        self.end_headers()
+
+    do_POST = do_GET
+
+
+def test_a_client_that_is_sent_elsewhere_says_that_nothing_was_changed(client, service):
+    front = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Elsewhere)
+    front.there = client.url
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    sent = Client(f'http://127.0.0.1:{front.server_port}', client.token)
+    try:
+        with pytest.raises(Unavailable, match=f'Nothing was changed: {sent.url} sends requests to {client.url}'):
+            sent.add('lab', 'demo', hours(1), hours(1))
+        assert sent.list() == service.list() == []
+    finally:
+        front.shutdown()
+        front.server_close()
 
 
 def test_a_client_asks_for_resource_classes_as_the_service_does(client, service):
