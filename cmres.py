@@ -1590,7 +1590,13 @@ class Config:
     @property
     def served(self) -> str:
         """The address of `serve`, for people."""
-        return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
+        return self.public_url.rstrip('/') or self.listens
+
+    @property
+    def listens(self) -> str:
+        """The address at which a server of this process is reached; that of IPv6 in brackets."""
+        host = f'[{self.host}]' if ':' in self.host else self.host
+        return f'http://{host}:{self.port}'
 
     def is_among(self, setting: str, address: str) -> bool:
         """Whether an address is in one of the networks that a setting names."""
@@ -28858,12 +28864,12 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     acts = None if noscheduler else cycle
     service.wake, service.age = cycle.wake.set, acts and acts.age
     front = listening(Gate(web(service), service, acts), config)
-    url = f'http://{config.host}:{config.port}'
-    told += [channels(config), *(welcome(service, url) if demo else [])]
+    told += [channels(config), *(welcome(service, config.listens) if demo else [])]
     if not (config.keystone or config.oidc or service.token_list()):
         told.append('Nobody can sign in yet. Create the first token: cmres token add NAME --role '
                     'admin')
-    serves = f'cmres {__version__} serves {url} from {without_password(config.database)}'
+    database = without_password(config.database)
+    serves = f'cmres {__version__} serves {config.listens} from {database}'
     run_until_stopped(service, 'serve', [serves, *told], acts, front)
 
 
@@ -28891,7 +28897,7 @@ def scheduler(config: Config, port: int = None) -> None:
     if port is not None:
         config.take(port=port)
         front = listening(Gate(health_of(service), service, cycle), config)
-        told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
+        told = [f'metrics are at {config.listens}{METRICS_PATH}', *told]
     runs = f'cmres {__version__} runs the scheduler of {without_password(config.database)}'
     run_until_stopped(service, 'scheduler', [runs, *told], cycle, front)
 

@@ -903,6 +903,12 @@ def test_the_named_file_goes_before_the_variable_and_that_before_config_ini(fold
     assert ports == [1, 2, 3]
 
 
+@pytest.mark.parametrize('host, url', [('127.0.0.1', 'http://127.0.0.1:8080'), ('::1', 'http://[::1]:8080')])
+def test_the_address_of_a_server_can_be_asked_whatever_its_host(host, url):
+    assert Config(host=host).served == Config(host=host).listens == url
+    assert cmres.server_address(url) == url
+
+
 def test_the_folder_of_calendars_for_these_tests_is_no_setting(folder):
     assert all_of(load_config(environ={'CMRES_CALENDARS': 'x'})) == all_of(load_config(environ={}))
 
