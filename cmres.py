@@ -29133,21 +29133,19 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
-def printing(name: str, about: str, file: str, text: Callable[[], str]) -> tuple[Callable, str]:
-    """A command that only prints a text, which belongs into a file, and its example."""
-    def command(config: Config) -> None:
-        print(text().strip('\n'))
-    command.__name__, command.__doc__ = name, about
-    return command, f'{name} > {file}'
+def alerts(config: Config) -> None:
+    """Prints ten alert rules for Prometheus, which reads /metrics as the job `cmres`."""
+    print(as_yaml(alert_rules()))
 
 
-PRINTING = (
-    printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
-             '`cmres`.', '/etc/prometheus/cmres.yml', lambda: as_yaml(alert_rules())),
-    printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
-             lambda: json_text(grafana_dashboard(), indent=2)),
-    printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
-             'Containerfile', lambda: CONTAINER))
+def dashboard(config: Config) -> None:
+    """Prints a dashboard for Grafana."""
+    print(json_text(grafana_dashboard(), indent=2).strip('\n'))
+
+
+def container(config: Config) -> None:
+    """Prints a Containerfile: not root, and only one volume is written."""
+    print(CONTAINER.strip('\n'))
 
 
 def completion(config: Config, shell: Name) -> None:
@@ -29191,7 +29189,9 @@ LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})]
     (store_orphans, 'store orphans --adopt'), (completion, 'completion bash >> ~/.bashrc'),
     (key_rotate,), (config_show,), (config_check, 'config check --config /etc/cmres.ini'),
     (catalog_add, 'catalog add chameleon --address https://cmres.example.org --dry-run'),
-    (event_export, 'event export --since 2027-01-01'), *PRINTING)}
+    (event_export, 'event export --since 2027-01-01'),
+    (alerts, 'alerts > /etc/prometheus/cmres.yml'), (dashboard, 'dashboard > cmres.json'),
+    (container, 'container > Containerfile'))}
 
 
 def in_utc(config: Config) -> None:
