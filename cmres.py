@@ -29842,15 +29842,14 @@ def file_rows(text: str, name: str) -> list[dict]:
 def csv_rows(text: str) -> list[dict]:
     """The lines of a CSV text with commas, or with semicolons, as many spreadsheets write it."""
     head = text.partition('\n')[0]
-    reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    # as it was before `csv_cell` quoted it; what is too much in a line is a list
-    quoted = (lambda cell: isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:]))
-    lines = [{name: cell[1:] if quoted(cell) else cell for name, cell in each.items()}
-             | {'line': reader.line_num} for each in reader]
-    for each in lines:
-        if '' in each:
-            raise ValueError(f"line {each['line']} has more columns than the header line.")
+    lines = []
+    for each in reader:
+        if None in each or each.get(''):
+            raise ValueError(f'line {reader.line_num} has more columns than the header line.')
+        cells = {name: unquoted(cell) for name, cell in each.items() if name}
+        lines.append(cells | {'line': reader.line_num})
     return lines
 
 
@@ -29860,6 +29859,11 @@ def progress_bar(items: list) -> Iterable:
     from rich.console import Console
     from rich.progress import track
     return track(items, 'working', console=Console(stderr=True), transient=True)
+
+
+def unquoted(cell: str | None) -> str | None:
+    """A cell as it was before `csv_cell` quoted it; None where a line is short."""
+    return cell[1:] if cell and cell[0] == "'" and FORMULA.match(cell[1:]) else cell
 
 
 class Look(NamedTuple):

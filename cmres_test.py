@@ -6082,6 +6082,15 @@ def test_a_file_that_holds_no_reservations_is_refused(filled, tmp_path, name, te
     assert code in (1, 2) and out == '' and re.search(sentence, err)
 
 
+@pytest.mark.parametrize('text, code', [
+    ('label,resource,start,end,\nx,demo,+1h,+1h,\n', 0), ('label,resource,start,end\nx,demo,+1h,+1h,\n', 2),
+    ('label,resource,start,end,\nx,demo,+1h,+1h,y\n', 2)])
+def test_a_column_without_a_name_is_none_where_it_is_empty(filled, tmp_path, text, code):
+    (tmp_path / 'f.csv').write_text(text)
+    found, _, err = filled('load', 'f.csv')
+    assert found == code and (code == 0 or 'line 2 has more columns than the header line' in err)
+
+
 def test_a_file_that_is_not_there_or_not_text_is_refused(filled, tmp_path):
     (tmp_path / 'f.csv').write_bytes(b'label\n\xff\n')
     assert filled('add', '--file', 'f.csv') == (2, '', "cmres: Cannot read the file 'f.csv': it is not UTF-8.\n")
