@@ -2256,15 +2256,20 @@ def guarded_by_role(method):
         if 'asked' in takes():
             usual = {name: default for name, default in takes().items() if name != 'asked'}
             kwargs['asked'] = usual | kwargs
-        refuse_to(self.actor, API[method.__name__])
+        operation = API[method.__name__]
+        refuse_to(self.actor, operation)
         self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
-        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY) or (
-            method.__name__ == 'delete' and not kwargs['asked']['label'])
-        asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
+        asks_only = not operation.changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
-              self.shares.computing() if takes_long else nullcontext()):
+              self.shares.computing() if takes_long(operation, kwargs) else nullcontext()):
             return method(self, **kwargs)
     return checked
+
+
+def takes_long(operation: Operation, given: dict) -> bool:
+    """Whether a call may compute for seconds."""
+    is_of_many = operation.name == 'delete' and not given['asked']['label']
+    return operation.name in LONG or is_of_many or any(given.get(name) for name in LONG_BY)
 
 
 #: What may compute for seconds: calendars and many at once (of `delete`, what has no label), and by
@@ -2286,19 +2291,7 @@ class Here(NamedTuple):
 def bind(operation: Operation, given: dict, here: Here) -> dict:
     """The arguments of a call, read from text or JSON by the types of the method's signature;
     Invalid names the one that is unknown, missing or malformed."""
-    parameters, given = operation.parameters, with_new_names(operation.name, given)
-    refuse_unknown(operation, given)
-    anything = {name for name in FILTERS & given.keys()
-                if given[name] == ANY and parameters[name].default is not REQUIRED}
-    given = {name: value for name, value in given.items() if value is not None
-             and name not in anything}
-    if given.get('part'):  # the parts name the resources
-        given = {'resource': ANY} | given
-    missing = [name for name, each in parameters.items() if each.default is REQUIRED
-               and name not in given]
-    if missing:
-        name = missing[0]
-        raise Invalid(f'The argument {name} is missing: {argument_help(operation, name)}')
+    given = given_to(operation, given)
     if given.get('tz'):
         here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
     read = {}
@@ -2308,8 +2301,24 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
         first = here.now + first if isinstance(first, timedelta) else first
         later = here._replace(after=first if isinstance(first, datetime) else None,
                               past=name == 'since')
-        read[name] = read_argument(name, given[name], parameters[name].annotation, later)
+        read[name] = read_argument(name, given[name], operation.parameters[name].annotation, later)
     return read
+
+
+def given_to(operation: Operation, given: dict) -> dict:
+    """What is given to an operation, without what is as if it were not; Invalid if something is
+    unknown or missing."""
+    parameters, given = operation.parameters, with_new_names(operation.name, given)
+    refuse_unknown(operation, given)
+    needed = [name for name, each in parameters.items() if each.default is REQUIRED]
+    given = {name: value for name, value in given.items() if value is not None
+             and not (value == ANY and name in FILTERS and name not in needed)}
+    if given.get('part'):  # the parts name the resources
+        given = {'resource': ANY} | given
+    for name in needed:
+        if name not in given:
+            raise Invalid(f'The argument {name} is missing: {argument_help(operation, name)}')
+    return given
 
 
 #: What comes after what: a bare `17:00` there is the next one after it.
