@@ -28319,18 +28319,18 @@ CMD ["serve"]
 """
 
 
-def tell_systemd(text: str, environ: dict = os.environ) -> None:
+def tell_systemd(text: str) -> None:
     """Tells systemd how this service is, if that has started it (sd_notify)."""
-    path = environ.get('NOTIFY_SOCKET', '')
+    path = os.environ.get('NOTIFY_SOCKET', '')
     if path:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
             line.sendto(text.encode(), '\0' + path[1:] if path.startswith('@') else path)
 
 
-def watchdog_pause(environ: dict = os.environ) -> float:
+def watchdog_pause() -> float:
     """The seconds within which systemd wants a sign of life; 0 if it wants none of this process."""
-    mine = environ.get('WATCHDOG_PID', f'{os.getpid()}') == f'{os.getpid()}'
-    return int(environ.get('WATCHDOG_USEC', 0)) / 10**6 if mine else 0
+    mine = os.environ.get('WATCHDOG_PID', f'{os.getpid()}') == f'{os.getpid()}'
+    return int(os.environ.get('WATCHDOG_USEC', 0)) / 10**6 if mine else 0
 
 
 class Housekeeper(threading.Thread):
@@ -28597,12 +28597,11 @@ def client_method(operation: Operation) -> Callable:
     def method(self, *args, **kwargs):
         given = signature_of(operation.method).bind(
             self, *args, **with_new_names(operation.name, kwargs)).arguments
+        del given['self']
         if operation.name == 'list' and not {'limit', 'after'} & given.keys():
-            given.pop('self')
             return [*self.all(**given)]
         return self.call(operation, {name: value for name, value in given.items()
-                                     if name != 'self'
-                                     and value != operation.parameters[name].default})
+                                     if value != operation.parameters[name].default})
     return method
 
 
@@ -28667,11 +28666,11 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         asks = resources and not self.is_rebuild(spec)
         verdicts = (self.ask_all(resources, spec, label, inside, True)
                     if asks and self.is_move(spec) else dict.fromkeys(resources))
-        comes, stays = [each for each in resources if verdicts[each] is None], label or any(
-            verdicts.values())
+        stays = label or any(verdicts.values())
         if not asks:
             verdicts = {}
         elif label or not stays and not outside:
+            comes = [each for each in resources if verdicts[each] is None]
             verdicts |= self.ask_all(comes, spec, label, inside, False)
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
@@ -29094,13 +29093,13 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
 
 def all_orphans(cycle: LifeCycle) -> list[dict]:
     """The orphans on all clouds; CloudError if one does not answer."""
-    found = []
+    found, left = [], adopted()
     for account in sorted(cycle.clouds.accounts()):
         seen = {each.uid: each for each in cycle.clouds.open(account).servers()}
         found += [{'cloud': account, 'id': each.uid, 'state': each.state,
                    'added': instant(each.made), 'addresses': each.addresses}
                   for each in orphans_in(seen, cycle.reconciler.matched(seen))
-                  if each.uid not in adopted()]
+                  if each.uid not in left]
     return found
 
 
@@ -29519,22 +29518,22 @@ def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
     default, text = operation.parameters[name].default, argument_help(operation, name)
     said = default not in (None, '', (), False) and 'default' not in text
-    option = f"--{name.replace('_', '-')}"
-    also = [each for each, (words, other) in ALSO.items() if words and (
-        words == operation.words.split()[:len(words)] and other == option)]
+    option, command = f"--{name.replace('_', '-')}", operation.words.split()
+    also = [each for each, (words, other) in ALSO.items()
+            if words and words == command[:len(words)] and other == option]
     return f"{text}{f' (default: {default})' * said}{''.join(f'; also {each}' for each in also)}"
 
 
-def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
+def two_columns(left: str, right: str, place: int) -> str:
     """A line of help; what is too long for it goes on below, in its column."""
     margin = ' ' * place
-    text = textwrap.fill(right, width, initial_indent=margin, subsequent_indent=margin,
+    text = textwrap.fill(right, 80, initial_indent=margin, subsequent_indent=margin,
                          break_on_hyphens=False)
     return f'{left}\n{text}' if len(left) >= place else left.ljust(place) + text[place:]
 
 
-def wrapped(text: str, width: int = 80) -> str:
-    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
+def wrapped(text: str) -> str:
+    return '\n\n'.join(textwrap.fill(' '.join(each.split()), 80) for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
@@ -29569,8 +29568,8 @@ KNOWN_VALUES = CHOICES | {'state': STATES, 'on_conflict': CLASHES, 'format': FOR
 
 def completed(words: list[str]) -> list[str]:
     """What the last of some words may become; nothing where that can't be told."""
-    *words, typed = [word for word in words[:-1] if word != '='] + [*words[-1:], ''][:1]
-    typed, found = typed.lstrip('='), []
+    typed, found = ''.join(words[-1:]).lstrip('='), []
+    words = [word for word in words[:-1] if word != '=']
     with suppress(Error, OSError, *STORE_ERRORS):
         path, here = command_path(commands(lambda operation: operation),
                                   [word for word in words if not word.startswith('-')])
@@ -29862,17 +29861,17 @@ def csv_rows(text: str) -> list[dict]:
     return lines
 
 
+def unquoted(cell: str | None) -> str | None:
+    """A cell as it was before `csv_cell` quoted it; None where a line is short."""
+    return cell[1:] if cell and cell[0] == "'" and FORMULA.match(cell[1:]) else cell
+
+
 def progress_bar(items: list) -> Iterable:
     if len(items) < 20 or not sys.stderr.isatty():
         return items
     from rich.console import Console
     from rich.progress import track
     return track(items, 'working', console=Console(stderr=True), transient=True)
-
-
-def unquoted(cell: str | None) -> str | None:
-    """A cell as it was before `csv_cell` quoted it; None where a line is short."""
-    return cell[1:] if cell and cell[0] == "'" and FORMULA.match(cell[1:]) else cell
 
 
 class Look(NamedTuple):
