@@ -337,12 +337,18 @@ def read_zone(name: str) -> ZoneInfo:
         raise Invalid(f"Unknown time zone '{name}'. Write one like Europe/Paris or UTC.") from None
 
 
+def zone_if_known(name: str) -> ZoneInfo | None:
+    with suppress(Invalid):
+        return read_zone(name)
+    return None
+
+
 def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
     """The zone that the clocks of this machine show: by TZ, else by what `link` points to."""
     where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
     name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
     is_utc = name.removeprefix('Etc/') in ('UTC', 'UCT', 'Zulu', 'Universal')
-    return name if known_zone(name) and not is_utc else 'UTC'
+    return name if zone_if_known(name) and not is_utc else 'UTC'
 
 
 def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
@@ -383,7 +389,7 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
 def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
     """The instant of an ISO 8601 time, maybe with a zone in brackets (RFC 9557), or None."""
     if named := ZONED.fullmatch(word):
-        word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
+        word, zone = named[1], zone_if_known(named[2])
     # Python takes any letter between date and time.
     if not zone or not re.fullmatch('[0-9:TWZ+ .,/-]+', word):
         return None
@@ -441,18 +447,12 @@ def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None
         words, called = f'{words} {called}', None
     if name or called in ('UTC', 'GMT', 'Z'):
         name, called = name or 'UTC', None if not name else called
-        zone = ZoneInfo(name) if known_zone(name) else None
+        zone = zone_if_known(name)
     words = re.sub(r'\b(\d{4})[-/](\d\d?)[-/](\d\d?)(t| |$)', r'\1-\2-\3 ',
                    words.lower().replace(',', ' '))
     words = re.sub(r'(\d) ?([ap])(\.?)m\3(?= |$)', r'\1\2m', words)
     words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
     return re.sub(r'\b(at|on|the|of)(?= |$)', '', words).split(), zone, called or ''
-
-
-def known_zone(name: str) -> bool:
-    with suppress(Invalid):
-        return bool(read_zone(name))
-    return False
 
 
 def read_clock(word: str) -> timedelta | None:
@@ -2993,13 +2993,14 @@ def as_object(value: dict, kinds: tuple):
     return from_plain(value)
 
 
-def from_plain(value):
-    """What to_plain was given: the client's answers are equal to the service's."""
-    if isinstance(value, dict):
-        return {name: each if name == 'metadata' else datetime.fromisoformat(each)
-                if name in INSTANTS and isinstance(each, str) else from_plain(each)
-                for name, each in value.items()}
-    return [from_plain(each) for each in value] if isinstance(value, list) else value
+def from_plain(value, field: str = ''):
+    """What to_plain was given in a field: the client's answers are equal to the service's."""
+    if isinstance(value, dict) and field != 'metadata':
+        return {name: from_plain(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [from_plain(each) for each in value]
+    is_instant = field in INSTANTS and isinstance(value, str)
+    return datetime.fromisoformat(value) if is_instant else value
 
 
 def is_answer(kind) -> bool:
@@ -29125,10 +29126,9 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     Nothing is reserved. Times without a zone and whole days are in the zone of --tz. Events that
     cmres cannot understand are named on the error output. `calendar preview` is the same.
     """
-    def moment(given, origin: datetime, default: timedelta) -> datetime:
-        return given if isinstance(given, datetime) else origin + (given or default)
-    start = moment(start, datetime.now(UTC).replace(microsecond=0), timedelta(0))
-    end = moment(end, start, timedelta(days=366))
+    now = datetime.now(UTC).replace(microsecond=0)
+    start = start if isinstance(start, datetime) else now + (start or timedelta(0))
+    end = end if isinstance(end, datetime) else start + (end or timedelta(days=366))
     if not start < end:
         raise Invalid(f'The end ({config.told_time(end.timestamp())}) must be after the start '
                       f'({config.told_time(start.timestamp())}).')
@@ -29492,12 +29492,17 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
     blocks = [[two_columns(f'  {word}', argument_help(operation, name), 16)
                for name, word in needed.items()]]
     for title, names in kinds_of(optional).items():
-        words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
+        words = {name: f'  {as_option(name)} {kinds[name]}' for name in names}
         blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
                                 for name, word in words.items())])
     return '\n\n'.join([' '.join(usage).rstrip(), wrapped(operation.help),
                         *map('\n'.join, filter(None, blocks)),
                         as_examples(operation.examples or [operation.words])])
+
+
+def as_option(name: str) -> str:
+    """An argument as people type it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def as_examples(commands: Iterable[str]) -> str:
@@ -29518,9 +29523,9 @@ def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
     default, text = operation.parameters[name].default, argument_help(operation, name)
     said = default not in (None, '', (), False) and 'default' not in text
-    option, command = f"--{name.replace('_', '-')}", operation.words.split()
+    command = operation.words.split()
     also = [each for each, (words, other) in ALSO.items()
-            if words and words == command[:len(words)] and other == option]
+            if words and words == command[:len(words)] and other == as_option(name)]
     return f"{text}{f' (default: {default})' * said}{''.join(f'; also {each}' for each in also)}"
 
 
@@ -29582,8 +29587,7 @@ def completed(words: list[str]) -> list[str]:
         elif last.startswith('--') and last not in SWITCHES and '=' not in last:
             found = values_of(here, last)
         elif typed.startswith('-'):
-            flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
-            found = [*flags, *COMMON, *SWITCHES]
+            found = [*map(as_option, here.parameters), *COMMON, *SWITCHES]
         else:
             plain = [word for word in words[len(path):] if not word.startswith('--')]
             found = values_of(here, *list(here.parameters)[len(plain):][:1])
@@ -29629,9 +29633,10 @@ def with_whole_times(words: list[str]) -> list[str]:
 
 
 def is_day(word: str) -> bool:
-    with suppress(ValueError):
+    try:
         return bool(word and dates_of(word, date(2000, 1, 1)))
-    return True  # one that may be two days
+    except ValueError:  # one that may be two days
+        return True
 
 
 def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -29646,7 +29651,8 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
             plain.append(word)
             continue
         name, equals, value = word[2:].partition('=')
-        name = renamed.get(name.replace('-', '_'), name.replace('-', '_'))
+        name = name.replace('-', '_')
+        name = renamed.get(name, name)
         if name not in known and name.removeprefix('no') in known:
             name, equals, value = name.removeprefix('no'), '=', 'false'
         refuse_unknown(operation, [name])
@@ -29654,7 +29660,7 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
         if not equals:
             value = 'true' if kind is bool else next(each, '--')
         if not equals and value.startswith('--'):
-            raise Invalid(f"--{name.replace('_', '-')} needs a value.")
+            raise Invalid(f'{as_option(name)} needs a value.')
         if name in flags and kind not in (Names, Parts, Hosts, Classes, Pairs):
             raise Invalid(f"{name} was given twice: '{flags[name]}' and '{value}'.")
         flags[name] = f'{flags[name]},{value}' if name in flags else value
