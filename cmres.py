@@ -30111,6 +30111,7 @@ def run_program() -> None:
         except OSError:  # it was started without; else a database would be there
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = sys.stdout or open(1, 'w'), sys.stderr or open(2, 'w')
+    sys.stdout.reconfigure(errors='backslashreplace')  # letters that a terminal does not have
     code = main()
     with suppress(OSError):
         sys.stdout.flush()

@@ -23773,6 +23773,13 @@ def test_events_are_followed_in_lines_of_json_as_well(world, capsys, form):
     assert json.loads(capsys.readouterr().out)['code'] == world.service.events(limit=1)[0]['code']
 
 
+def test_letters_that_a_terminal_does_not_have_stop_nothing(tmp_path):
+    latin = environment() | {'PYTHONIOENCODING': 'latin-1'}
+    assert cli(tmp_path, 'resource', 'add', 'demo', '--vms=3', **latin).returncode == 0
+    done = cli(tmp_path, 'add', 'lab', 'demo', '+1h', '+1h', '--description', '\u65e5\u672c', **latin)
+    assert (done.returncode, done.stderr) == (0, '') and r'\u65e5\u672c' in done.stdout
+
+
 def test_events_can_be_followed_as_they_come(run, tmp_path):
     run('resource', 'add', 'demo', '--vms=3')
     follower = subprocess.Popen([*PROGRAM, 'events', '--follow'], cwd=tmp_path, text=True,
