@@ -28553,8 +28553,8 @@ class Client:
         """Refuses what came from elsewhere to more than a question: only that is asked again there.
         """
         if request.method != 'GET' and answer.url != request.full_url:
-            raise Unavailable(f'Nothing was changed: {self.url} sends requests to {answer.url}. Use '
-                              'the address of that server.')
+            raise Unavailable(f'Nothing was changed: {self.url} sends requests to {answer.url}. '
+                              'Use the address of that server.')
 
     def refusal(self, answer) -> Error:
         """The error that the server sent, of the same kind; else the words of who answered."""
