@@ -337,12 +337,18 @@ def read_zone(name: str) -> ZoneInfo:
         raise Invalid(f"Unknown time zone '{name}'. Write one like Europe/Paris or UTC.") from None
 
 
+def zone_if_known(name: str) -> ZoneInfo | None:
+    with suppress(Invalid):
+        return read_zone(name)
+    return None
+
+
 def machine_zone(environ: dict, link: str = '/etc/localtime') -> str:
     """The zone that the clocks of this machine show: by TZ, else by what `link` points to."""
     where = environ.get('TZ') or (os.path.realpath(link) if os.path.islink(link) else '')
     name = where.removeprefix(':').rpartition('/zoneinfo/')[2]
     is_utc = name.removeprefix('Etc/') in ('UTC', 'UCT', 'Zulu', 'Universal')
-    return name if known_zone(name) and not is_utc else 'UTC'
+    return name if zone_if_known(name) and not is_utc else 'UTC'
 
 
 def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None = None) -> datetime:
@@ -383,7 +389,7 @@ def parse_time(text: str, zone: ZoneInfo, now: datetime, after: datetime | None 
 def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
     """The instant of an ISO 8601 time, maybe with a zone in brackets (RFC 9557), or None."""
     if named := ZONED.fullmatch(word):
-        word, zone = named[1], ZoneInfo(named[2]) if known_zone(named[2]) else None
+        word, zone = named[1], zone_if_known(named[2])
     # Python takes any letter between date and time.
     if not zone or not re.fullmatch('[0-9:TWZ+ .,/-]+', word):
         return None
@@ -404,9 +410,11 @@ def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> da
     clock = read_clock(clocks[0]) if clocks else timedelta(0)
     from_now = day in NEAR_DAYS or re.match('last |this |.* (week|month)$', day)
     today = (now if from_now else after).astimezone(zone).date()
-    walls = [datetime.combine(each, datetime.min.time()) + clock for each in dates_of(day, today)]
-    moments = [at_clock(wall, zone, called) for wall in walls]
-    found = next((each for each in moments if is_later(each, after)), [None, *moments][-1])
+    found = None
+    for each in dates_of(day, today):
+        found = at_clock(at_midnight(each) + clock, zone, called)
+        if is_later(found, after):
+            break
     if isinstance(found, Typed):
         found.bare = not day
     return found
@@ -439,18 +447,12 @@ def zone_of_words(text: str, zone: ZoneInfo) -> tuple[list[str], ZoneInfo | None
         words, called = f'{words} {called}', None
     if name or called in ('UTC', 'GMT', 'Z'):
         name, called = name or 'UTC', None if not name else called
-        zone = ZoneInfo(name) if known_zone(name) else None
+        zone = zone_if_known(name)
     words = re.sub(r'\b(\d{4})[-/](\d\d?)[-/](\d\d?)(t| |$)', r'\1-\2-\3 ',
                    words.lower().replace(',', ' '))
     words = re.sub(r'(\d) ?([ap])(\.?)m\3(?= |$)', r'\1\2m', words)
     words = re.sub(r'\bat (\d{1,2})(?= |$)', r'\1:00', words)
     return re.sub(r'\b(at|on|the|of)(?= |$)', '', words).split(), zone, called or ''
-
-
-def known_zone(name: str) -> bool:
-    with suppress(Invalid):
-        return bool(read_zone(name))
-    return False
 
 
 def read_clock(word: str) -> timedelta | None:
@@ -542,6 +544,10 @@ def named_dates(words: str, today: date) -> list[date]:
         is_one = DAY_NAMES[dates[0].weekday()].capitalize()
         raise ValueError(f"{dates[0].day} {dates[0]:%b %Y} is a {is_one}, not '{weekday}'")
     return fitting
+
+
+def at_midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day)
 
 
 def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
@@ -716,10 +722,6 @@ def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
     return wall.replace(tzinfo=zone).astimezone(UTC)
 
 
-def at_midnight(day: date) -> datetime:
-    return datetime(day.year, day.month, day.day)
-
-
 def read_repeat(text: str, today: date = date.min) -> str:
     """The RRULE that a person typed or meant, its UNTIL left as it is; ValueError if it is none, or
     one that is not for machines, such as FREQ=SECONDLY. A last date without a year comes after
@@ -758,9 +760,7 @@ def spoken_rule(words: str, today: date) -> str:
         text = match[1]
         ends = f';COUNT={match[3]}' if match[3] else f';UNTIL={last_day(match[2], words, today)}'
     text, _, more = text.removesuffix(')').partition(' (')
-    names = {word: name for name, word in MORE_PARTS.items()}
-    said = [part.rpartition(' ') for part in more.split('; ') if part]
-    ends = ''.join(f';{names.get(word, word)}={value.upper()}' for word, _, value in said) + ends
+    ends = spoken_parts(more) + ends
     text = SAME_RULES.get(text, text)
     for said, meant in SAID_OTHERWISE:
         text = re.sub(said, meant, text)
@@ -772,6 +772,13 @@ def spoken_rule(words: str, today: date) -> str:
     rule = f"FREQ={match['name'].upper() if match['name'] else FREQUENCIES[match['unit']]}"
     rule += f";INTERVAL={match['number']}" if match['number'] else ''
     return rule + (spoken_days(match['on'], words) if match['on'] else '') + ends
+
+
+def spoken_parts(text: str) -> str:
+    """The parts of an RRULE that stand in parentheses: months 1,2; hours 9."""
+    names = {word: name for name, word in MORE_PARTS.items()}
+    said = [part.rpartition(' ') for part in text.split('; ') if part]
+    return ''.join(f';{names.get(word, word)}={value.upper()}' for word, _, value in said)
 
 
 def every_named_day(text: str, interval: str, words: str) -> str:
@@ -812,16 +819,20 @@ def is_weekday(word: str) -> bool:
     return any(name.startswith(word) or f'{name}s' == word for name in DAY_NAMES)
 
 
+def parts_of(rule: str) -> dict[str, str]:
+    return dict(part.split('=') for part in rule.split(';'))
+
+
 def rule_in_words(rule: str) -> str:
     """A repetition for people, which `read_repeat` reads back."""
-    parts = dict(part.split('=') for part in rule.split(';'))
+    parts = parts_of(rule)
     unit = next(unit for unit, name in FREQUENCIES.items() if name == parts['FREQ'])
     number = int(parts.get('INTERVAL', 1))
     every = f'every {number} {unit}s' if number > 1 else f'every {unit}'
     days = None if {'BYDAY', 'BYMONTHDAY'} <= parts.keys() else days_in_words(parts)
+    more = MORE_PARTS.keys() - (() if days is None else ('BYDAY', 'BYMONTHDAY'))
     rest = '; '.join(f'{MORE_PARTS[name]} {value}' for name, value in parts.items()
-                     if name in MORE_PARTS and (days is None or not name.endswith('DAY')
-                                                or name == 'BYYEARDAY'))
+                     if name in more)
     if number == 1 and unit == 'week' and days:
         every, days = ('every', days if days != 'Monday, Tuesday, Wednesday, Thursday and Friday'
                        else 'weekday')
@@ -872,9 +883,9 @@ def checked_rule(rule: str) -> str:
     if parts.get('FREQ') not in FREQUENCIES.values():
         raise ValueError(f"FREQ={parts.get('FREQ', '')} is not one of "
                          f"{', '.join(FREQUENCIES.values())}.")
-    if not all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
-               for day in parts.get('BYDAY', 'MO').split(',')) or parts.get('WKST',
-                                                                            'MO') not in WEEKDAYS:
+    are_days = all(re.fullmatch(r'([+-]?([1-9]|[1-4]\d|5[0-3]))?(MO|TU|WE|TH|FR|SA|SU)', day)
+                   for day in parts.get('BYDAY', 'MO').split(','))
+    if not are_days or parts.get('WKST', 'MO') not in WEEKDAYS:
         raise ValueError(f'{rule}: write a day as MO, TU, WE, TH, FR, SA or SU; in BYDAY also as '
                          '1MO or -1FR.')
     if 'UNTIL' in parts and ('COUNT' in parts or not read_until(parts['UNTIL'])):
@@ -910,10 +921,6 @@ def local_rule(rule: str, zone: ZoneInfo) -> str:
         last = to_wall(last.replace(tzinfo=UTC), zone) if match[1].endswith('Z') else last
         return f'UNTIL={min(last, LAST.replace(tzinfo=None)):%Y%m%dT%H%M%S}'
     return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
-
-
-def parts_of(rule: str) -> dict[str, str]:
-    return dict(part.split('=') for part in rule.split(';'))
 
 
 def explicit(rule: str, start: datetime) -> str:
@@ -981,6 +988,15 @@ def numbers_in(parts: dict, name: str) -> tuple[int, ...]:
 #: The days of a year, or of a leap year, before each of its months, and all.
 MONTHS = tuple((*itertools.accumulate((31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31),
                                       initial=0),) for leap in (0, 1))
+
+
+def days_of_year(by: By, year: int) -> tuple[int, ...]:
+    """The days, from 0, that BY parts leave of a year."""
+    return days_left(by, date(year, 1, 1).weekday(), is_leap(year), is_leap(year - 1))
+
+
+def is_leap(year: int) -> bool:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
 
 
 @functools.lru_cache(4000)
@@ -1094,23 +1110,17 @@ def rule_days(rule: Rule, start: date, begin: date) -> Iterator[list[int]]:
 def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterator[list[int]]:
     """The days of a rule from one on, year by year, as far as times go."""
     for year in range(date.fromordinal(first).year, min(rule.last.year, LAST.year) + 1):
-        start = date(year, 1, 1)
-        before = start.toordinal()
-        kinds = start.weekday(), is_leap(year), is_leap(year - 1)
+        before = date(year, 1, 1).toordinal()
         STEPS.take(10)
         if rule.unit == 'YEARLY' and turn(before) % rule.interval:
             continue
-        days = [before + day for day in days_left(rule.by, *kinds)]
+        days = [before + day for day in days_of_year(rule.by, year)]
         STEPS.take(len(days) // (2 if rule.positions or rule.interval > 1 else 8))
         if rule.interval > 1:
             days = [day for day in days if turn(day) % rule.interval == 0]
         if days and days[0] < first:
             days = [day for day in days if day >= first]
         yield days
-
-
-def is_leap(year: int) -> bool:
-    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
 
 
 def rule_walls(rule: Rule, start: datetime, near: datetime) -> Iterator[datetime]:
@@ -1145,11 +1155,11 @@ def on_rule(rule: str, start: datetime, wall: datetime) -> bool:
     read = read_rule(rule, start)
     if read.count or read.positions:
         return next(followed(rule, start, wall), None) == wall
-    day, year = wall.toordinal(), date(wall.year, 1, 1)
-    kinds = year.weekday(), is_leap(wall.year), is_leap(wall.year - 1)
-    return (start <= wall <= read.last and wall - at_midnight(wall) in read.times
-            and turn_of(read, start.date())(day) % read.interval == 0
-            and day - year.toordinal() in days_left(read.by, *kinds))
+    if not start <= wall <= read.last or wall - at_midnight(wall) not in read.times:
+        return False
+    day, before = wall.toordinal(), date(wall.year, 1, 1).toordinal()
+    in_turn = turn_of(read, start.date())(day) % read.interval == 0
+    return in_turn and day - before in days_of_year(read.by, wall.year)
 
 
 def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
@@ -1207,20 +1217,26 @@ def slots(stretch: Stretch, begin: float, until: float,
         ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
         ruled = heapq.merge(ruled, moved_walls(stretch))
     for wall in ruled:
-        key = wall.isoformat()
-        shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
-        length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
-        if key in stretch.moved:
-            shifted, length, vms, exact = [*stretch.moved[key], 0][:4]
-            shifted = datetime.fromisoformat(shifted)
-        start, end = window_of(shifted, int(length), zone, exact)
+        slot = slot_at(stretch, wall, lengths, zone)
         STEPS.take(5)
-        if end > begin and start < until:
+        if slot.end > begin and slot.start < until:
             found += 1
-            yield Slot('' if stretch.single else key, start, end, vms, stretch.resource)
+            yield slot
         if found > MOST_OCCURRENCES:
             raise Invalid(f'This series has more than {MOST_OCCURRENCES} occurrences before '
                           f'{format_day(instant(int(until)))}. Choose an earlier last date.')
+
+
+def slot_at(stretch: Stretch, wall: datetime, lengths: dict[str, str], zone: tzinfo) -> Slot:
+    """What a stretch wants at one of its wall times; `lengths` of dates that have their own."""
+    key = wall.isoformat()
+    shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
+    length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
+    if key in stretch.moved:
+        moved, length, vms, exact = [*stretch.moved[key], 0][:4]
+        shifted = datetime.fromisoformat(moved)
+    start, end = window_of(shifted, int(length), zone, exact)
+    return Slot('' if stretch.single else key, start, end, vms, stretch.resource)
 
 
 def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
@@ -1285,7 +1301,7 @@ def shifted_rule(stretch: Stretch) -> str:
     moved = first + timedelta(seconds=stretch.shift)
     days = (moved.date() - first.date()).days
     by = {name for name in parts if name.startswith('BY')}
-    if by & {'BYHOUR', 'BYMINUTE', 'BYSECOND'}:
+    if by & {*CLOCK_PARTS}:
         return ''
     if days and parts['FREQ'] in ('DAILY', 'WEEKLY') and by <= {'BYDAY'}:
         if 'INTERVAL' in parts:  # which weeks count depends on the day on which they begin
@@ -1303,9 +1319,8 @@ def unskipped(stretch: Stretch, key: str) -> Stretch:
     """A stretch that has the occurrence of a slot again, of a day that was left out only that."""
     day, skips = key[:10], [each for each in stretch.skips if each not in (key, key[:10])]
     if day in stretch.skips:
-        every = (wall.isoformat() for wall in walls(stretch._replace(skips=())))
-        until_then = itertools.takewhile(lambda slot: slot[:10] <= day, every)
-        skips += [slot for slot in until_then if slot[:10] == day and slot != key]
+        there = skipped_slots(stretch._replace(skips=(), shift=0), day)
+        skips += [slot for slot in there if slot != key]
     return stretch._replace(skips=tuple(skips))
 
 
@@ -1436,8 +1451,11 @@ RESERVATION_FIELDS = (
 TEXT_FIELDS = frozenset(f'{RESERVATION_FIELDS} sentence message actor when what then link'.split())
 
 
-def setting(default, least=None, most=10**9):
-    return dataclasses.field(default=default, metadata={'least': least, 'most': most})
+def setting(default, least=None, most=10**9, *, words=(), restart=False, secret=False):
+    """A setting: between which numbers it is, or one of which words; whether it is read once, as
+    sockets, threads, files and what hangs on them are, and whether only its owner may read it."""
+    return dataclasses.field(default=default, metadata={
+        'least': least, 'most': most, 'words': words, 'restart': restart, 'secret': secret})
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)  # what it'd make costs 3 ms
@@ -1445,18 +1463,18 @@ class Config:
     """Everything that can be set; config.example.ini says what each setting is for. Once read, only
     what `read_again` takes is ever changed."""
     # the store, and how `serve` is reached
-    database: str = setting('cmres.db')
-    key: str = setting('')
-    host: str = setting('127.0.0.1')
-    port: int = setting(8080, 0, 65535)
-    threads: int = setting(8, 1)
-    slow_per_user: int = setting(2, 1)
-    slow_per_target: int = setting(4, 1)
-    outside_timeout: float = setting(50.0, 0.1)
-    url: str = setting('')
-    token: str = setting('')
+    database: str = setting('cmres.db', restart=True)
+    key: str = setting('', restart=True)
+    host: str = setting('127.0.0.1', restart=True)
+    port: int = setting(8080, 0, 65535, restart=True)
+    threads: int = setting(8, 1, restart=True)
+    slow_per_user: int = setting(2, 1, restart=True)
+    slow_per_target: int = setting(4, 1, restart=True)
+    outside_timeout: float = setting(50.0, 0.1, restart=True)
+    url: str = setting('', restart=True)
+    token: str = setting('', restart=True, secret=True)
     # how much one may ask
-    connections: int = setting(2000, 10, 100_000)
+    connections: int = setting(2000, 10, 100_000, restart=True)
     connections_per_address: int = setting(200, 1)
     requests_per_address: int = setting(12000, 0)
     requests_per_user: int = setting(3000, 0)
@@ -1466,29 +1484,29 @@ class Config:
     wrong_tokens: int = setting(30, 1)
     # who says who asks
     trusted_proxies: str = setting('127.0.0.1, ::1')
-    keystone: str = setting('')
+    keystone: str = setting('', restart=True)
     keystone_roles: str = setting('admin:admin, member:user, reader:reader')
-    oidc: str = setting('')
+    oidc: str = setting('', restart=True)
     oidc_client: str = setting('')
-    oidc_secret: str = setting('')
+    oidc_secret: str = setting('', secret=True)
     oidc_claims: str = setting('preferred_username, project, role')
     identity_proxies: str = setting('')
     identity_header: str = setting('X-Remote')
     # what the operator sees
-    metrics: str = setting('token')
-    log_format: str = setting('text')
+    metrics: str = setting('token', words=('token', 'open', 'off'))
+    log_format: str = setting('text', words=('text', 'json'))
     log_requests: bool = setting(True)
     drain: float = setting(30.0, 0.0)
     min_disk: int = setting(100, 0)
-    timezone: str = setting('UTC')
+    timezone: str = setting('UTC', restart=True)
     # the life cycle and its clouds; seconds
-    workers: int = setting(32, 1)
-    call_timeout: float = setting(60.0, 0.1)
+    workers: int = setting(32, 1, restart=True)
+    call_timeout: float = setting(60.0, 0.1, restart=True)
     boot_timeout: float = setting(900.0, 0.1)
     lost_answer_wait: float = setting(15.0, 0.0)
     common_names: str = setting('')
     poll_changing: float = setting(1.0, 0.01)
-    poll_running: float = setting(60.0, 0.01)
+    poll_running: float = setting(60.0, 0.01, restart=True)
     sync_every: float = setting(300.0, 1)
     hosts_every: float = setting(10.0, 0.1)
     heal_after: float = setting(20.0, 0.0)
@@ -1499,8 +1517,8 @@ class Config:
     remind_before: float = setting(600.0, 0.0)
     end_grace: float = setting(600.0, 0.0)
     # who is told
-    webhook: str = setting('')
-    webhook_secret: str = setting('')
+    webhook: str = setting('', secret=True)
+    webhook_secret: str = setting('', secret=True)
     private_addresses: bool = setting(False)
     mail_server: str = setting('')
     mail_from: str = setting('cmres@localhost')
@@ -1516,7 +1534,7 @@ class Config:
     invitations_per_day: int = setting(200, 0)
     # calendars and the page
     calendar_poll: float = setting(300.0, 0.1)
-    caldav_refusal: str = setting('mark')
+    caldav_refusal: str = setting('mark', words=('mark', '403'))
     caldav_busy: bool = setting(False)
     caldav_events: int = setting(20000, 0)
     public_url: str = setting('')
@@ -1526,12 +1544,12 @@ class Config:
     # rules, and how long what is over is kept
     no_overtaking_after: float = setting(86400.0, 0.0)
     exempt_longest: float = setting(86400.0, 0.0)
-    at_end_stop: str = setting('hold')
+    at_end_stop: str = setting('hold', words=('hold', 'shelve', 'refuse'))
     delete_user_started: bool = setting(False)
     retention: int = setting(400, 1, 36500)
     project_texts: int = setting(100, 1, 10**6)
     orphan_grace: float = setting(60.0, 0.0)
-    verify_every: float = setting(3600.0, 0.1)
+    verify_every: float = setting(3600.0, 0.1, restart=True)
     max_pass_age: float = setting(180.0, 0.1)
     simulated_boot: float = setting(3.0, 0.0)
     simulated_failures: float = setting(0.0, 0.0, 1.0)
@@ -1541,11 +1559,11 @@ class Config:
     credentials: dict = dataclasses.field(default_factory=dict)
     identities: dict = dataclasses.field(default_factory=dict)
     texts: dict = dataclasses.field(default_factory=TEXTS.copy)
-    path: str = dataclasses.field(default='', compare=False)      # its file, if there is one
-    stamp: tuple = dataclasses.field(default=(), compare=False)   # of that file, when it was read
-    sources: dict = dataclasses.field(default_factory=dict, compare=False)  # of what is set, where
-    old_names: tuple = dataclasses.field(default=(), compare=False)  # of settings that were read
-    read: Config | None = dataclasses.field(default=None, compare=False)  # without options
+    path: str = ''               # its file, if there is one
+    stamp: tuple = ()            # of that file, when it was read
+    sources: dict = dataclasses.field(default_factory=dict)  # of what is set, where
+    old_names: tuple = ()        # of settings that were read
+    read: Config | None = None   # without options
 
     def __init__(self, **given):
         known = self.__dataclass_fields__
@@ -1553,10 +1571,6 @@ class Config:
             raise TypeError(f'there is no setting {min(unknown)}')
         self.take(**{name: each.default_factory() for name, each in known.items()
                      if each.default is dataclasses.MISSING} | given)
-
-    def __eq__(self, other) -> bool:
-        return all(getattr(self, each.name) == getattr(other, each.name)
-                   for each in dataclasses.fields(self) if each.compare)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -1576,7 +1590,13 @@ class Config:
     @property
     def served(self) -> str:
         """The address of `serve`, for people."""
-        return self.public_url.rstrip('/') or f'http://{self.host}:{self.port}'
+        return self.public_url.rstrip('/') or self.listens
+
+    @property
+    def listens(self) -> str:
+        """The address at which a server of this process is reached; that of IPv6 in brackets."""
+        host = f'[{self.host}]' if ':' in self.host else self.host
+        return f'http://{host}:{self.port}'
 
     def is_among(self, setting: str, address: str) -> bool:
         """Whether an address is in one of the networks that a setting names."""
@@ -1633,12 +1653,6 @@ class Config:
         return self
 
 
-#: Settings that are one of some words.
-WORDS_OF = {'metrics': ('token', 'open', 'off'), 'log_format': ('text', 'json'),
-            'at_end_stop': ('hold', 'shelve', 'refuse'),
-            'caldav_refusal': ('mark', '403')}
-
-
 @functools.lru_cache
 def read_networks(text: str, setting: str) -> list:
     """Addresses and networks with commas between; Invalid if one of them is none."""
@@ -1653,6 +1667,7 @@ def read_networks(text: str, setting: str) -> list:
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config) if field.metadata}
+NEEDS_RESTART = [name for name, each in SETTINGS.items() if each.metadata['restart']]
 #: The sections that need no restart: a new project wants its account, and VMs go on meanwhile.
 AGAIN = ('credentials', 'identities')
 
@@ -1747,7 +1762,8 @@ def read_setting(name: str, text: str):
     """The value of a setting; Invalid if the text is none."""
     if name not in SETTINGS:
         raise Invalid(f"Unknown setting '{name}'{nearest(name, SETTINGS)}")
-    usual, (least, most) = SETTINGS[name].default, SETTINGS[name].metadata.values()
+    usual, about = SETTINGS[name].default, SETTINGS[name].metadata
+    least, most, words = about['least'], about['most'], about['words']
     try:
         value = read_bool(text) if isinstance(usual, bool) else type(usual)(text)
     except ValueError:
@@ -1755,8 +1771,7 @@ def read_setting(name: str, text: str):
         raise Invalid(f"Setting {name}: '{text}' is not {what}.") from None
     if least is not None and not least <= value <= most:
         raise Invalid(f'Setting {name}: {text} is not between {least} and {most}.')
-    words = WORDS_OF.get(name, [value])
-    if value not in words:
+    if words and value not in words:
         raise Invalid(f"Setting {name}: '{value}' is not one of "
                       f"{', '.join(words)}{nearest(value, words)}")
     return value
@@ -2243,15 +2258,20 @@ def guarded_by_role(method):
         if 'asked' in takes():
             usual = {name: default for name, default in takes().items() if name != 'asked'}
             kwargs['asked'] = usual | kwargs
-        refuse_to(self.actor, API[method.__name__])
+        operation = API[method.__name__]
+        refuse_to(self.actor, operation)
         self.reason = (kwargs.get('asked') or kwargs).get('reason') or ''
-        takes_long = method.__name__ in LONG or any(kwargs.get(name) for name in LONG_BY) or (
-            method.__name__ == 'delete' and not kwargs['asked']['label'])
-        asks_only = not API[method.__name__].changes or kwargs.get('dry_run')
+        asks_only = not operation.changes or kwargs.get('dry_run')
         with (self.shares.charging(self.actor) if asks_only else nullcontext(),
-              self.shares.computing() if takes_long else nullcontext()):
+              self.shares.computing() if takes_long(operation, kwargs) else nullcontext()):
             return method(self, **kwargs)
     return checked
+
+
+def takes_long(operation: Operation, given: dict) -> bool:
+    """Whether a call may compute for seconds."""
+    is_of_many = operation.name == 'delete' and not given['asked']['label']
+    return operation.name in LONG or is_of_many or any(given.get(name) for name in LONG_BY)
 
 
 #: What may compute for seconds: calendars and many at once (of `delete`, what has no label), and by
@@ -2273,19 +2293,7 @@ class Here(NamedTuple):
 def bind(operation: Operation, given: dict, here: Here) -> dict:
     """The arguments of a call, read from text or JSON by the types of the method's signature;
     Invalid names the one that is unknown, missing or malformed."""
-    parameters, given = operation.parameters, with_new_names(operation.name, given)
-    refuse_unknown(operation, given)
-    anything = {name for name in FILTERS & given.keys()
-                if given[name] == ANY and parameters[name].default is not REQUIRED}
-    given = {name: value for name, value in given.items() if value is not None
-             and name not in anything}
-    if given.get('part'):  # the parts name the resources
-        given = {'resource': ANY} | given
-    missing = [name for name, each in parameters.items() if each.default is REQUIRED
-               and name not in given]
-    if missing:
-        name = missing[0]
-        raise Invalid(f'The argument {name} is missing: {argument_help(operation, name)}')
+    given = given_to(operation, given)
     if given.get('tz'):
         here = here._replace(zone=read_zone(read_argument('tz', given['tz'], Zone, here)))
     read = {}
@@ -2295,8 +2303,24 @@ def bind(operation: Operation, given: dict, here: Here) -> dict:
         first = here.now + first if isinstance(first, timedelta) else first
         later = here._replace(after=first if isinstance(first, datetime) else None,
                               past=name == 'since')
-        read[name] = read_argument(name, given[name], parameters[name].annotation, later)
+        read[name] = read_argument(name, given[name], operation.parameters[name].annotation, later)
     return read
+
+
+def given_to(operation: Operation, given: dict) -> dict:
+    """What is given to an operation, without what is as if it were not; Invalid if something is
+    unknown or missing."""
+    parameters, given = operation.parameters, with_new_names(operation.name, given)
+    refuse_unknown(operation, given)
+    needed = [name for name, each in parameters.items() if each.default is REQUIRED]
+    given = {name: value for name, value in given.items() if value is not None
+             and not (value == ANY and name in FILTERS and name not in needed)}
+    if given.get('part'):  # the parts name the resources
+        given = {'resource': ANY} | given
+    for name in needed:
+        if name not in given:
+            raise Invalid(f'The argument {name} is missing: {argument_help(operation, name)}')
+    return given
 
 
 #: What comes after what: a bare `17:00` there is the next one after it.
@@ -2971,13 +2995,14 @@ def as_object(value: dict, kinds: tuple):
     return from_plain(value)
 
 
-def from_plain(value):
-    """What to_plain was given: the client's answers are equal to the service's."""
-    if isinstance(value, dict):
-        return {name: each if name == 'metadata' else datetime.fromisoformat(each)
-                if name in INSTANTS and isinstance(each, str) else from_plain(each)
-                for name, each in value.items()}
-    return [from_plain(each) for each in value] if isinstance(value, list) else value
+def from_plain(value, field: str = ''):
+    """What to_plain was given in a field: the client's answers are equal to the service's."""
+    if isinstance(value, dict) and field != 'metadata':
+        return {name: from_plain(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [from_plain(each) for each in value]
+    is_instant = field in INSTANTS and isinstance(value, str)
+    return datetime.fromisoformat(value) if is_instant else value
 
 
 def is_answer(kind) -> bool:
@@ -28001,12 +28026,6 @@ SILENT = 30          # seconds between two looks at connections that do nothing
 AUDIT_EVERY = 60     # seconds between two events that tell of wrong tokens
 SETTLE_EVERY = 60    # seconds; what SQLite's log alone has is lost with it
 MOST_ADDRESSES = 10  # that one such event names
-#: What is read once: sockets, threads, files and what hangs on them.
-NEEDS_RESTART = frozenset(
-    'database key host port threads slow_per_user slow_per_target outside_timeout url token '
-    'timezone workers call_timeout poll_running verify_every connections keystone oidc'.split())
-#: Settings that only their owner may read.
-SECRETS = frozenset(('token', 'webhook', 'webhook_secret', 'oidc_secret'))
 
 
 class Connections:
@@ -28301,18 +28320,18 @@ CMD ["serve"]
 """
 
 
-def tell_systemd(text: str, environ: dict = os.environ) -> None:
+def tell_systemd(text: str) -> None:
     """Tells systemd how this service is, if that has started it (sd_notify)."""
-    path = environ.get('NOTIFY_SOCKET', '')
+    path = os.environ.get('NOTIFY_SOCKET', '')
     if path:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
             line.sendto(text.encode(), '\0' + path[1:] if path.startswith('@') else path)
 
 
-def watchdog_pause(environ: dict = os.environ) -> float:
+def watchdog_pause() -> float:
     """The seconds within which systemd wants a sign of life; 0 if it wants none of this process."""
-    mine = environ.get('WATCHDOG_PID', f'{os.getpid()}') == f'{os.getpid()}'
-    return int(environ.get('WATCHDOG_USEC', 0)) / 10**6 if mine else 0
+    mine = os.environ.get('WATCHDOG_PID', f'{os.getpid()}') == f'{os.getpid()}'
+    return int(os.environ.get('WATCHDOG_USEC', 0)) / 10**6 if mine else 0
 
 
 class Housekeeper(threading.Thread):
@@ -28347,7 +28366,6 @@ class Housekeeper(threading.Thread):
     def round(self) -> None:
         """One round of all that there is to do."""
         if self.again:
-            self.again = False
             self.guarded(self.settings)
         shares = self.service.shares
         if shares.uses.seen:  # else no connection is made for nothing
@@ -28388,6 +28406,7 @@ class Housekeeper(threading.Thread):
 
     def settings(self) -> None:
         """Reads the settings again, and tells what has changed."""
+        self.again = False
         tell_systemd(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
         try:
             for line in read_settings_again(self.service.config):
@@ -28419,8 +28438,10 @@ def read_settings_again(config: Config, environ: dict = os.environ) -> list[str]
 def shown_setting(config: Config, name: str) -> str:
     """A setting as people may see it."""
     value = getattr(config, name)
-    if name in SECRETS and value:
+    if SETTINGS[name].metadata['secret'] and value:
         return 'set, but secret'
+    if name == 'database':
+        return without_password(value)
     if isinstance(value, bool):
         return str(value).lower()
     return f'{value:g}' if isinstance(value, float) else f'{value}'
@@ -28494,25 +28515,25 @@ class Client:
         Raises:
           Error: the same kinds as the service; Unavailable if there is no answer.
         """
-        from urllib.error import HTTPError, URLError
+        from urllib.error import HTTPError
         from urllib.request import Request, urlopen
         verb, address, body = self.address(operation, to_plain(given))
+        key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
+        headers = {'Authorization': f'Bearer {self.token}', 'Idempotency-Key': key,
+                   'Content-Type': 'application/json' if body else ''}
+        headers = {name: value for name, value in headers.items() if value}
         try:
-            request = Request(self.url + address, body, {'Authorization': f'Bearer {self.token}'},
-                              method=verb)
-            if body:
-                request.add_header('Content-Type', 'application/json')
-            key = sent or secrets.token_hex(16) if verb == 'POST' and operation.changes else ''
-            if key:
-                request.add_header('Idempotency-Key', key)
+            request = Request(self.url + address, body, headers, method=verb)
             with urlopen(request, timeout=self.timeout) as answer:
+                self.refuse_moved(request, answer)
                 self.token_ends = answer.headers.get('X-Cmres-Token-Ends', '')
                 return as_answer(json.load(answer), operation.answers)
         except HTTPError as error:
             raise self.refusal(error) from None
-        except (URLError, OSError, ValueError) as error:
+        except (OSError, ValueError, http_client.HTTPException) as error:
             why = getattr(error, 'reason', error)
-            if isinstance(why, ConnectionResetError) and key and not sent:
+            is_lost = isinstance(why, (ConnectionResetError, http_client.IncompleteRead))
+            if is_lost and key and not sent:
                 return self.call(operation, given, key)
             raise Unavailable(f'No answer from {self.url}: {first_line(why)}') from None
 
@@ -28525,9 +28546,15 @@ class Client:
         path = re.sub(r'<(\w+)>', lambda part: quote(str(given.pop(part[1])), safe=''), path)
         if verb in ('POST', 'PATCH'):
             return verb, BASE + path, json.dumps(given).encode()
-        query = {name: ','.join(value) if isinstance(value, list) else value
-                 for name, value in given.items()}
+        query = {name: in_query(value) for name, value in given.items()}
         return verb, BASE + path + (f'?{urlencode(query)}' if query else ''), None
+
+    def refuse_moved(self, request, answer) -> None:
+        """Refuses what came from elsewhere to more than a question: only that is asked again there.
+        """
+        if request.method != 'GET' and answer.url != request.full_url:
+            raise Unavailable(f'Nothing was changed: {self.url} sends requests to {answer.url}. '
+                              'Use the address of that server.')
 
     def refusal(self, answer) -> Error:
         """The error that the server sent, of the same kind; else the words of who answered."""
@@ -28535,9 +28562,16 @@ class Client:
             body = json.load(answer)
             return ERRORS.get(body.get('kind'), Error)(body['error'],
                                                        **from_plain(body.get('details', {})))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, OSError, http_client.HTTPException):
             return Unavailable(f'{self.url} answered {answer.status} {answer.reason}. This is not '
                                'cmres.')
+
+
+def in_query(value):
+    """A value of JSON as the text that is read as the same."""
+    if isinstance(value, dict):
+        value = [f'{name}={each}' for name, each in value.items()]
+    return ','.join(value) if isinstance(value, list) else value
 
 
 def server_address(url: str) -> str:
@@ -28564,12 +28598,11 @@ def client_method(operation: Operation) -> Callable:
     def method(self, *args, **kwargs):
         given = signature_of(operation.method).bind(
             self, *args, **with_new_names(operation.name, kwargs)).arguments
+        del given['self']
         if operation.name == 'list' and not {'limit', 'after'} & given.keys():
-            given.pop('self')
             return [*self.all(**given)]
         return self.call(operation, {name: value for name, value in given.items()
-                                     if name != 'self'
-                                     and value != operation.parameters[name].default})
+                                     if value != operation.parameters[name].default})
     return method
 
 
@@ -28606,6 +28639,11 @@ def nova_settings():
     return cfg.CONF.cmres
 
 
+def said_in(thing, name: str):
+    """A field of one of Nova's objects; None where it is not set."""
+    return getattr(thing, name) if thing.obj_attr_is_set(name) else None
+
+
 class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not
     concerned."""
@@ -28629,11 +28667,11 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         asks = resources and not self.is_rebuild(spec)
         verdicts = (self.ask_all(resources, spec, label, inside, True)
                     if asks and self.is_move(spec) else dict.fromkeys(resources))
-        comes, stays = [each for each in resources if verdicts[each] is None], label or any(
-            verdicts.values())
+        stays = label or any(verdicts.values())
         if not asks:
             verdicts = {}
         elif label or not stays and not outside:
+            comes = [each for each in resources if verdicts[each] is None]
             verdicts |= self.ask_all(comes, spec, label, inside, False)
         for host, names in marks:
             passes = all(self.lets(verdicts.get(name, True), host) for name in names)
@@ -28645,8 +28683,9 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     def with_lost(self, hosts: list, lost: list, spec) -> list:
         """The hosts of a request, and those that it lost here before: of several servers at once,
         Nova asks for each with what the one before has left."""
-        group = spec.obj_attr_is_set('instance_group') and spec.instance_group
-        return [each for each in [*hosts, *(each for each in lost if each not in hosts)]
+        group = said_in(spec, 'instance_group')
+        hosts = [*hosts, *(each for each in lost if each not in hosts)]
+        return [each for each in hosts
                 if not group or self.takes_in(each, group, spec.instance_uuid)]
 
     def takes_in(self, host, group, server: str) -> bool:
@@ -28660,7 +28699,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
     def hint(self, spec) -> str:
         """The label of the reservation that a request names, or as Blazar's users do its id; '' if
         it names none."""
-        hints = (spec.scheduler_hints or {}) if spec.obj_attr_is_set('scheduler_hints') else {}
+        hints = said_in(spec, 'scheduler_hints') or {}
         return (hints.get('cmres') or hints.get('reservation') or [''])[0]
 
     def lets(self, verdict: bool | list, host) -> bool:
@@ -28673,15 +28712,14 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def is_rebuild(self, spec) -> bool:
         """Whether a server stays on its host, which Nova forces; users can give that hint too."""
-        forced = spec.obj_attr_is_set('force_hosts') and spec.force_hosts
-        return bool(forced and spec.obj_attr_is_set('scheduler_hints') and 'rebuild' in (
-            (spec.scheduler_hints or {}).get('_nova_check_type') or []))
+        hints = said_in(spec, 'scheduler_hints') or {}
+        checks = hints.get('_nova_check_type') or []
+        return bool(said_in(spec, 'force_hosts')) and 'rebuild' in checks
 
     def is_move(self, spec) -> bool:
         """Whether a server has a host already: Nova keeps such a one in its cell."""
-        where = spec.obj_attr_is_set('requested_destination') and spec.requested_destination
-        left = spec.obj_attr_is_set('ignore_hosts') and spec.ignore_hosts
-        return bool(left or where and where.obj_attr_is_set('cell') and where.cell)
+        where = said_in(spec, 'requested_destination')
+        return bool(said_in(spec, 'ignore_hosts') or where and said_in(where, 'cell'))
 
     def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
         """Whether each resource may be booted on, or on which of its hosts."""
@@ -28696,11 +28734,11 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
             moves: bool) -> dict[str, bool | list | None]:
         """What a cmres says of some resources, None where it is outside; a refusal is logged."""
         settings, flavor = nova_settings(), spec.flavor
+        classes = dict(classes_of(said_in(flavor, 'extra_specs') or {}))
         try:
             answer = self.answer(store, settings, [
                 spec.instance_uuid, names, spec.project_id, spec.user_id or '', flavor.vcpus,
-                flavor.memory_mb, dict(classes_of(self.extra_specs(flavor))), label, hosts],
-                moves=moves, disk=self.disk_of(spec))
+                flavor.memory_mb, classes, label, hosts], moves=moves, disk=self.disk_of(spec))
         except Error as error:
             if isinstance(error, Invalid):  # it does answer: a hint is no label
                 log.info('%s may not start on hosts of cmres: %s', spec.instance_uuid, error)
@@ -28733,13 +28771,8 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
 
     def disk_of(self, spec) -> int:
         """The GB of its host's disk that a server takes: no root where it has a volume."""
-        volume = spec.obj_attr_is_set('is_bfv') and spec.is_bfv
-        root = 0 if volume else spec.flavor.root_gb
+        root = 0 if said_in(spec, 'is_bfv') else spec.flavor.root_gb
         return root + spec.flavor.ephemeral_gb + math.ceil(spec.flavor.swap / 1024)
-
-    def extra_specs(self, flavor) -> dict:
-        return (flavor.extra_specs if flavor.obj_attr_is_set('extra_specs') and flavor.extra_specs
-                else {})
 
 
 # Command line ################################################################
@@ -28789,10 +28822,10 @@ ALSO = {'--from': ([], '--start'), '--to': ([], '--end'), '--by': (['report'], '
         '--aggregate': (['resource', 'sync'], '--aggregates'),
         '--for': (['token'], '--lasts'), '--name': (['token'], '--purpose')}
 
-#: Commands of two words that mean another, and those that have a second name.
-PAIRED = {('events', 'export'): ['event', 'export'], ('journal', 'export'): ['event', 'export'],
-          ('calendar', 'preview'): ['occurrences']}
+#: Second names of commands, and commands of two words that mean another.
 ALIASES = {'cancel': 'delete', 'delays': 'punctuality', 'demo-data': 'generate'}
+PAIRED = {'events export': 'event export', 'journal export': 'event export',
+          'calendar preview': 'occurrences'}
 
 #: What a table shows of answers that have more fields than a line has room for.
 COLUMNS = {'list': 'id label user project resource host vms flavor start end repeat state change '
@@ -28837,24 +28870,16 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
                         or os.path.exists(key_file(config.database, config.key)))
     service = local_service(config, make=True)
     cycle = LifeCycle(config, service.clouds)
-    service.wake, service.age = cycle.wake.set, None if noscheduler else cycle.age
     acts = None if noscheduler else cycle
+    service.wake, service.age = cycle.wake.set, acts and acts.age
     front = listening(Gate(web(service), service, acts), config)
-    url = f'http://{config.host}:{config.port}'
-    told += [channels(config), *(welcome(service, url) if demo else [])]
+    told += [channels(config), *(welcome(service, config.listens) if demo else [])]
     if not (config.keystone or config.oidc or service.token_list()):
         told.append('Nobody can sign in yet. Create the first token: cmres token add NAME --role '
                     'admin')
-    serves = f'cmres {__version__} serves {url} from {without_password(config.database)}'
-    tell_start(serves, *told)
-    note_start(service, 'serve')
-    with running(acts, Housekeeper(service, acts, front), front.leave):
-        front.run()
-
-
-def tell_start(*lines: str) -> None:
-    """Prints all lines at once: who waits for the first has the others then."""
-    print('\n'.join(lines), flush=True)
+    database = without_password(config.database)
+    serves = f'cmres {__version__} serves {config.listens} from {database}'
+    run_until_stopped(service, 'serve', [serves, *told], acts, front)
 
 
 def listening(app: Gate, config: Config) -> Front:
@@ -28876,17 +28901,14 @@ def scheduler(config: Config, port: int = None) -> None:
     in_utc(config)
     told = prepared(config)
     service = local_service(config)
-    cycle = LifeCycle(config, service.clouds)
-    service.wake, service.age, front = cycle.wake.set, cycle.age, None
+    cycle, front = LifeCycle(config, service.clouds), None
+    service.wake, service.age = cycle.wake.set, cycle.age
     if port is not None:
         config.take(port=port)
         front = listening(Gate(health_of(service), service, cycle), config)
-        told = [f'metrics are at http://{config.host}:{config.port}{METRICS_PATH}', *told]
-    first = f'cmres {__version__} runs the scheduler of {without_password(config.database)}'
-    tell_start(first, *told)
-    note_start(service, 'scheduler')
-    with running(cycle, Housekeeper(service, cycle, front), front and front.leave) as stop:
-        front.run() if front else stop.wait()
+        told = [f'metrics are at {config.listens}{METRICS_PATH}', *told]
+    runs = f'cmres {__version__} runs the scheduler of {without_password(config.database)}'
+    run_until_stopped(service, 'scheduler', [runs, *told], cycle, front)
 
 
 def tick(config: Config) -> None:
@@ -29072,13 +29094,13 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
 
 def all_orphans(cycle: LifeCycle) -> list[dict]:
     """The orphans on all clouds; CloudError if one does not answer."""
-    found = []
+    found, left = [], adopted()
     for account in sorted(cycle.clouds.accounts()):
         seen = {each.uid: each for each in cycle.clouds.open(account).servers()}
         found += [{'cloud': account, 'id': each.uid, 'state': each.state,
                    'added': instant(each.made), 'addresses': each.addresses}
                   for each in orphans_in(seen, cycle.reconciler.matched(seen))
-                  if each.uid not in adopted()]
+                  if each.uid not in left]
     return found
 
 
@@ -29104,10 +29126,9 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     Nothing is reserved. Times without a zone and whole days are in the zone of --tz. Events that
     cmres cannot understand are named on the error output. `calendar preview` is the same.
     """
-    def moment(given, origin: datetime, default: timedelta) -> datetime:
-        return given if isinstance(given, datetime) else origin + (given or default)
-    start = moment(start, datetime.now(UTC).replace(microsecond=0), timedelta(0))
-    end = moment(end, start, timedelta(days=366))
+    now = datetime.now(UTC).replace(microsecond=0)
+    start = start if isinstance(start, datetime) else now + (start or timedelta(0))
+    end = end if isinstance(end, datetime) else start + (end or timedelta(days=366))
     if not start < end:
         raise Invalid(f'The end ({config.told_time(end.timestamp())}) must be after the start '
                       f'({config.told_time(start.timestamp())}).')
@@ -29120,21 +29141,19 @@ def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
     return found
 
 
-def printing(name: str, about: str, file: str, text: Callable[[], str]) -> tuple[Callable, str]:
-    """A command that only prints a text, which belongs into a file, and its example."""
-    def command(config: Config) -> None:
-        print(text().strip('\n'))
-    command.__name__, command.__doc__ = name, about
-    return command, f'{name} > {file}'
+def alerts(config: Config) -> None:
+    """Prints ten alert rules for Prometheus, which reads /metrics as the job `cmres`."""
+    print(as_yaml(alert_rules()))
 
 
-PRINTING = (
-    printing('alerts', 'Prints ten alert rules for Prometheus, which reads /metrics as the job '
-             '`cmres`.', '/etc/prometheus/cmres.yml', lambda: as_yaml(alert_rules())),
-    printing('dashboard', 'Prints a dashboard for Grafana.', 'cmres.json',
-             lambda: json_text(grafana_dashboard(), indent=2)),
-    printing('container', 'Prints a Containerfile: not root, and only one volume is written.',
-             'Containerfile', lambda: CONTAINER))
+def dashboard(config: Config) -> None:
+    """Prints a dashboard for Grafana."""
+    print(json_text(grafana_dashboard(), indent=2).strip('\n'))
+
+
+def container(config: Config) -> None:
+    """Prints a Containerfile: not root, and only one volume is written."""
+    print(CONTAINER.strip('\n'))
 
 
 def completion(config: Config, shell: Name) -> None:
@@ -29178,7 +29197,9 @@ LOCAL = {each.__name__: Operation(each.__name__, each, ADMIN, [('POST', '', {})]
     (store_orphans, 'store orphans --adopt'), (completion, 'completion bash >> ~/.bashrc'),
     (key_rotate,), (config_show,), (config_check, 'config check --config /etc/cmres.ini'),
     (catalog_add, 'catalog add chameleon --address https://cmres.example.org --dry-run'),
-    (event_export, 'event export --since 2027-01-01'), *PRINTING)}
+    (event_export, 'event export --since 2027-01-01'),
+    (alerts, 'alerts > /etc/prometheus/cmres.yml'), (dashboard, 'dashboard > cmres.json'),
+    (container, 'container > Containerfile'))}
 
 
 def in_utc(config: Config) -> None:
@@ -29195,32 +29216,37 @@ def in_utc(config: Config) -> None:
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)
 
 
-@contextmanager
-def running(cycle: LifeCycle | None, keeper: Housekeeper,
-            leave: Callable[[], None] | None = None) -> Iterator[threading.Event]:
-    """Runs a life cycle and a housekeeper beside what follows. SIGTERM and Ctrl-C call `leave`, or
-    end what follows at once; all ends in good order."""
-    stop = threading.Event()
+def run_until_stopped(service: Reservations, name: str, lines: list[str],
+                      cycle: LifeCycle | None, front: Front | None) -> None:
+    """Tells that a process has started, and runs a life cycle and the sockets of a server, as far
+    as it has them, until SIGTERM or Ctrl-C; all ends in good order."""
+    print('\n'.join(lines), flush=True)  # who waits for the first line has the others then
+    note_start(service, name)
+    stop, keeper = threading.Event(), Housekeeper(service, cycle, front)
+    watch = threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
+    keeper.start()
+    heed_signals(stop, keeper, front)
+    try:
+        if cycle:
+            watch.start()
+        tell_systemd('READY=1')
+        front.run() if front else stop.wait()
+    finally:
+        stop.set()
+        if watch.ident:  # no signal came before it was started
+            watch.join()
+        store_file.settle()
+        keeper.end()
 
+
+def heed_signals(stop: threading.Event, keeper: Housekeeper, front: Front | None) -> None:
+    """SIGTERM and Ctrl-C let a server leave, or end what waits at once; SIGHUP reads settings."""
     def end(*_):
         stop.set()
         raise SystemExit(0)
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, (lambda *_: leave()) if leave else end)
+        signal.signal(each, (lambda *_: front.leave()) if front else end)
     signal.signal(signal.SIGHUP, lambda *_: keeper.read_again())
-    watch = cycle and threading.Thread(target=keep_running, args=(cycle, stop), name='watch')
-    try:
-        keeper.start()
-        if watch:
-            watch.start()
-        tell_systemd('READY=1')
-        yield stop
-    finally:
-        stop.set()
-        if watch:
-            watch.join()
-        store_file.settle()
-        keeper.end()
 
 
 def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
@@ -29240,7 +29266,8 @@ def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> N
         told = hangs
         stop.wait(every)
     cycle.wake.set()
-    thread.join(30)  # one that hangs is left behind
+    if thread:
+        thread.join(30)  # one that hangs is left behind
 
 
 def local_service(config: Config, make: bool = False) -> Reservations:
@@ -29404,10 +29431,9 @@ def take_options(argv: list[str], options: dict) -> list[str]:
 
 def with_usual_names(words: list[str]) -> list[str]:
     """A line whose command has its own name, not another one that people give to it."""
-    words = [ALIASES.get(word, word) for word in words[:1]] + words[1:]
-    for old, new in PAIRED.items():
-        if words[:len(old)] == [*old]:
-            words[:len(old)] = new
+    for number, names in (1, ALIASES), (2, PAIRED):
+        said = ' '.join(words[:number])
+        words = names[said].split() + words[number:] if said in names else words
     if words[:1] == ['scheduler'] and '--once' in words:
         return ['tick', *(word for word in words[1:] if word != '--once')]
     if words[:1] == ['extend'] and any(word.startswith('--until') for word in words):
@@ -29466,12 +29492,17 @@ def help_of_command(operation: Operation, path: list[str]) -> str:
     blocks = [[two_columns(f'  {word}', argument_help(operation, name), 16)
                for name, word in needed.items()]]
     for title, names in kinds_of(optional).items():
-        words = {name: f"  --{name.replace('_', '-')} {kinds[name]}" for name in names}
+        words = {name: f'  {as_option(name)} {kinds[name]}' for name in names}
         blocks.append([title, *(two_columns(word.rstrip(), said_in_help(operation, name), 27)
                                 for name, word in words.items())])
     return '\n\n'.join([' '.join(usage).rstrip(), wrapped(operation.help),
                         *map('\n'.join, filter(None, blocks)),
                         as_examples(operation.examples or [operation.words])])
+
+
+def as_option(name: str) -> str:
+    """An argument as people type it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def as_examples(commands: Iterable[str]) -> str:
@@ -29492,22 +29523,22 @@ def said_in_help(operation: Operation, name: str) -> str:
     """What an option means, and its default where there is one."""
     default, text = operation.parameters[name].default, argument_help(operation, name)
     said = default not in (None, '', (), False) and 'default' not in text
-    option = f"--{name.replace('_', '-')}"
-    also = [each for each, (words, other) in ALSO.items() if words and (
-        words == operation.words.split()[:len(words)] and other == option)]
+    command = operation.words.split()
+    also = [each for each, (words, other) in ALSO.items()
+            if words and words == command[:len(words)] and other == as_option(name)]
     return f"{text}{f' (default: {default})' * said}{''.join(f'; also {each}' for each in also)}"
 
 
-def two_columns(left: str, right: str, place: int, width: int = 80) -> str:
+def two_columns(left: str, right: str, place: int) -> str:
     """A line of help; what is too long for it goes on below, in its column."""
     margin = ' ' * place
-    text = textwrap.fill(right, width, initial_indent=margin, subsequent_indent=margin,
+    text = textwrap.fill(right, 80, initial_indent=margin, subsequent_indent=margin,
                          break_on_hyphens=False)
     return f'{left}\n{text}' if len(left) >= place else left.ljust(place) + text[place:]
 
 
-def wrapped(text: str, width: int = 80) -> str:
-    return '\n\n'.join(textwrap.fill(' '.join(each.split()), width) for each in text.split('\n\n'))
+def wrapped(text: str) -> str:
+    return '\n\n'.join(textwrap.fill(' '.join(each.split()), 80) for each in text.split('\n\n'))
 
 
 def by_fire(words: list[str], finish: Callable) -> None:
@@ -29527,7 +29558,7 @@ def plain_calls(operation: Operation, flags: dict[str, str], plain: list[str]) -
     rest = [name for name in operation.parameters if name not in flags]
     if any(value.startswith('-') and value != ANY for value in flags.values()):
         return []
-    if len(plain) > 1 and operation.name in FOR_EACH and rest[0] == 'label':
+    if len(plain) > 1 and operation.name in FOR_EACH and rest[:1] == ['label']:
         return [Call(operation, flags | {'label': each}) for each in plain]
     if len(plain) > len(rest):
         raise Invalid(f"{operation.words}: '{plain[len(rest)]}' is one word too many. Put quotes "
@@ -29542,8 +29573,8 @@ KNOWN_VALUES = CHOICES | {'state': STATES, 'on_conflict': CLASHES, 'format': FOR
 
 def completed(words: list[str]) -> list[str]:
     """What the last of some words may become; nothing where that can't be told."""
-    *words, typed = [word for word in words[:-1] if word != '='] + [*words[-1:], ''][:1]
-    typed, found = typed.lstrip('='), []
+    typed, found = ''.join(words[-1:]).lstrip('='), []
+    words = [word for word in words[:-1] if word != '=']
     with suppress(Error, OSError, *STORE_ERRORS):
         path, here = command_path(commands(lambda operation: operation),
                                   [word for word in words if not word.startswith('-')])
@@ -29556,8 +29587,7 @@ def completed(words: list[str]) -> list[str]:
         elif last.startswith('--') and last not in SWITCHES and '=' not in last:
             found = values_of(here, last)
         elif typed.startswith('-'):
-            flags = [f'--{each.replace("_", "-")}' for each in here.parameters]
-            found = [*flags, *COMMON, *SWITCHES]
+            found = [*map(as_option, here.parameters), *COMMON, *SWITCHES]
         else:
             plain = [word for word in words[len(path):] if not word.startswith('--')]
             found = values_of(here, *list(here.parameters)[len(plain):][:1])
@@ -29603,9 +29633,10 @@ def with_whole_times(words: list[str]) -> list[str]:
 
 
 def is_day(word: str) -> bool:
-    with suppress(ValueError):
+    try:
         return bool(word and dates_of(word, date(2000, 1, 1)))
-    return True  # one that may be two days
+    except ValueError:  # one that may be two days
+        return True
 
 
 def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -29620,7 +29651,8 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
             plain.append(word)
             continue
         name, equals, value = word[2:].partition('=')
-        name = renamed.get(name.replace('-', '_'), name.replace('-', '_'))
+        name = name.replace('-', '_')
+        name = renamed.get(name, name)
         if name not in known and name.removeprefix('no') in known:
             name, equals, value = name.removeprefix('no'), '=', 'false'
         refuse_unknown(operation, [name])
@@ -29628,7 +29660,7 @@ def read_words(operation: Operation, words: list[str]) -> tuple[dict[str, str], 
         if not equals:
             value = 'true' if kind is bool else next(each, '--')
         if not equals and value.startswith('--'):
-            raise Invalid(f"--{name.replace('_', '-')} needs a value.")
+            raise Invalid(f'{as_option(name)} needs a value.')
         if name in flags and kind not in (Names, Parts, Hosts, Classes, Pairs):
             raise Invalid(f"{name} was given twice: '{flags[name]}' and '{value}'.")
         flags[name] = f'{flags[name]},{value}' if name in flags else value
@@ -29756,7 +29788,7 @@ def follow(events: Callable, bound: dict, form: str, zone: ZoneInfo, pause: floa
     """Prints events as they come, a line each, until it is interrupted."""
     while True:
         for each in events(**bound):
-            line = json_text(each) if form == 'json' else '  '.join(
+            line = json_text(each) if form in ('json', 'jsonl') else '  '.join(
                 in_cell(each[name], zone)
                 for name in ('at', 'actor', 'code', 'label', 'sentence')) + '\n'
             print(line, end='', flush=True)
@@ -29778,12 +29810,12 @@ def from_file(value: str, kind):
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, 'strerror', None) or 'it is not UTF-8'
         raise Invalid(f"Cannot read the file '{value}': {why}.") from None
-    return text if kind is File else loadable(file_rows(text, value))
+    return text if kind is File else loadable(file_rows(text, value) or [])
 
 
 def loadable(lines: list[dict]) -> list[dict]:
     """Lines without columns that `add` does not know, which are named, and without blank ones."""
-    if not all(isinstance(each, dict) for each in lines):
+    if not isinstance(lines, list) or not all(isinstance(each, dict) for each in lines):
         return lines  # the service says what is wrong with them
     listed = any({'id', 'state', 'added'} <= each.keys() for each in lines)
     known = API['add'].parameters.keys() | {'line'}
@@ -29824,16 +29856,20 @@ def file_rows(text: str, name: str) -> list[dict]:
 def csv_rows(text: str) -> list[dict]:
     """The lines of a CSV text with commas, or with semicolons, as many spreadsheets write it."""
     head = text.partition('\n')[0]
-    reader = csv.DictReader(io.StringIO(text), restkey='', skipinitialspace=True,
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True,
                             delimiter=';' if ';' in head and ',' not in head else ',')
-    # as it was before `csv_cell` quoted it; what is too much in a line is a list
-    quoted = (lambda cell: isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell[1:]))
-    lines = [{name: cell[1:] if quoted(cell) else cell for name, cell in each.items()}
-             | {'line': reader.line_num} for each in reader]
-    for each in lines:
-        if '' in each:
-            raise ValueError(f"line {each['line']} has more columns than the header line.")
+    lines = []
+    for each in reader:
+        if None in each or each.get(''):
+            raise ValueError(f'line {reader.line_num} has more columns than the header line.')
+        cells = {name: unquoted(cell) for name, cell in each.items() if name}
+        lines.append(cells | {'line': reader.line_num})
     return lines
+
+
+def unquoted(cell: str | None) -> str | None:
+    """A cell as it was before `csv_cell` quoted it; None where a line is short."""
+    return cell[1:] if cell and cell[0] == "'" and FORMULA.match(cell[1:]) else cell
 
 
 def progress_bar(items: list) -> Iterable:
@@ -30075,6 +30111,7 @@ def run_program() -> None:
         except OSError:  # it was started without; else a database would be there
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = sys.stdout or open(1, 'w'), sys.stderr or open(2, 'w')
+    sys.stdout.reconfigure(errors='backslashreplace')  # letters that a terminal does not have
     code = main()
     with suppress(OSError):
         sys.stdout.flush()

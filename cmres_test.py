@@ -682,6 +682,12 @@ def test_times_are_read_as_people_say_them(text, paris):
     assert cmres.parse_time(text, PARIS, NOON) == (moment if moment.tzinfo else moment.replace(tzinfo=PARIS))
 
 
+@pytest.mark.parametrize('text', ['9:00 CET', 'sat 9:00 CET'])
+def test_what_clocks_call_their_time_is_asked_of_the_first_day_that_is_meant_alone(text):
+    eve = datetime(2027, 3, 27, 6, tzinfo=PARIS)  # of the day on which clocks go forward
+    assert cmres.parse_time(text, PARIS, eve) == eve + hours(3)
+
+
 @pytest.mark.parametrize('environ, link, zone', [
     ({'TZ': 'Europe/Paris'}, '', 'Europe/Paris'), ({'TZ': ':/usr/share/zoneinfo/Asia/Tokyo'}, '', 'Asia/Tokyo'),
     ({}, '/usr/share/zoneinfo/America/New_York', 'America/New_York'), ({'TZ': ''}, '/usr/share/zoneinfo/Asia/Tokyo', 'Asia/Tokyo'),
@@ -879,8 +885,13 @@ OTHER = {str: 'Europe/Paris', int: '9', float: '0.5', bool: 'yes', 'common_names
          'caldav_refusal': '403', 'at_end_stop': 'shelve', 'sync_every': '90'}
 
 
+def all_of(config):
+    """What is set, by name, wherever it comes from."""
+    return {name: getattr(config, name) for name in (*SETTINGS, 'credentials', 'identities', 'texts')}
+
+
 def test_without_anything_every_setting_has_its_default(folder):
-    assert load_config(environ={'TZ': 'UTC'}) == Config()
+    assert all_of(load_config(environ={'TZ': 'UTC'})) == all_of(Config())
     assert (Config().database, Config().host, Config().port) == ('cmres.db', '127.0.0.1', 8080)
 
 
@@ -892,8 +903,14 @@ def test_the_named_file_goes_before_the_variable_and_that_before_config_ini(fold
     assert ports == [1, 2, 3]
 
 
+@pytest.mark.parametrize('host, url', [('127.0.0.1', 'http://127.0.0.1:8080'), ('::1', 'http://[::1]:8080')])
+def test_the_address_of_a_server_can_be_asked_whatever_its_host(host, url):
+    assert Config(host=host).served == Config(host=host).listens == url
+    assert cmres.server_address(url) == url
+
+
 def test_the_folder_of_calendars_for_these_tests_is_no_setting(folder):
-    assert load_config(environ={'CMRES_CALENDARS': 'x'}) == load_config(environ={})
+    assert all_of(load_config(environ={'CMRES_CALENDARS': 'x'})) == all_of(load_config(environ={}))
 
 
 @pytest.mark.parametrize('name', SETTINGS)
@@ -999,12 +1016,12 @@ def test_a_new_identity_needs_no_restart(folder, world):
 
 def test_the_example_lists_every_setting_at_its_default_with_its_reason(folder):
     text = (MODULE.parent / 'config.example.ini').read_text()
-    assert load_config(folder('as-it-is.ini', text), {'TZ': 'UTC'}) == Config()
+    assert all_of(load_config(folder('as-it-is.ini', text), {'TZ': 'UTC'})) == all_of(Config())
     taken = folder('taken.ini', '\n'.join(line.removeprefix('#') for line in text.splitlines()
                                           if (not line.startswith('# ') or line.startswith('#    ')) and 'biology' not in line))
     sections = cmres.read_config_file(taken)
     assert list(sections['cmres']) == list(SETTINGS) and list(sections['texts']) == list(cmres.TEXTS)
-    assert load_config(taken, {}) == Config()
+    assert all_of(load_config(taken, {})) == all_of(Config())
     for name in SETTINGS:
         assert re.search(f'^# {name}: [^\n]{{5,}}[.]\n#{name} =', text, flags=re.M)
 
@@ -6087,12 +6104,22 @@ def test_a_line_of_a_file_that_says_dry_run_is_not_reserved(service):
 @pytest.mark.parametrize('name, text, sentence', [
     ('f.json', '{"label": "x"}', 'Write a list of reservations'), ('f.json', '[{]', "cmres cannot read 'f.json' as JSON"),
     ('f.json', '[]', '1 to 100000 reservations at a time, not 0'), ('f.yaml', '- [', "'f.yaml' is not YAML"),
-    ('f.yaml', '5', 'Write a list of reservations'), ('f.csv', '', '1 to 100000 reservations at a time, not 0'),
+    ('f.yaml', '5', 'Write a list of reservations'), ('f.json', '5', 'Write a list of reservations'),
+    ('f.yaml', '', '1 to 100000 reservations at a time, not 0'), ('f.csv', '', '1 to 100000 reservations at a time, not 0'),
     ('f.csv', 'label\n"x', 'unexpected end of data|argument resource is missing')])
 def test_a_file_that_holds_no_reservations_is_refused(filled, tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
     code, out, err = filled('add', '--file', name)
     assert code in (1, 2) and out == '' and re.search(sentence, err)
+
+
+@pytest.mark.parametrize('text, code', [
+    ('label,resource,start,end,\nx,demo,+1h,+1h,\n', 0), ('label,resource,start,end\nx,demo,+1h,+1h,\n', 2),
+    ('label,resource,start,end,\nx,demo,+1h,+1h,y\n', 2)])
+def test_a_column_without_a_name_is_none_where_it_is_empty(filled, tmp_path, text, code):
+    (tmp_path / 'f.csv').write_text(text)
+    found, _, err = filled('load', 'f.csv')
+    assert found == code and (code == 0 or 'line 2 has more columns than the header line' in err)
 
 
 def test_a_file_that_is_not_there_or_not_text_is_refused(filled, tmp_path):
@@ -22649,6 +22676,40 @@ def test_a_housekeeper_that_has_nothing_to_write_opens_no_connection(world, monk
     assert rounds == [world.service.shares.uses.write, keeper.audit]
 
 
+def test_a_signal_that_comes_before_a_scheduler_runs_ends_it_in_good_order(world, monkeypatch):
+    ends, start, end = [], threading.Thread.start, cmres.Housekeeper.end
+
+    def begin(thread):
+        if thread.name == 'watch':
+            raise SystemExit(0)  # as who handles a signal does
+        start(thread)
+    monkeypatch.setattr(threading.Thread, 'start', begin)
+    monkeypatch.setattr(cmres, 'heed_signals', lambda *_: None)
+    monkeypatch.setattr(cmres.Housekeeper, 'end', lambda keeper: (ends.append(keeper), end(keeper)))
+    with pytest.raises(SystemExit):
+        cmres.run_until_stopped(world.service, 'scheduler', [], world.cycle, None)
+    assert len(ends) == 1 and not ends[0].is_alive()
+    stop = threading.Event()
+    stop.set()
+    cmres.keep_running(world.cycle, stop)
+
+
+def test_settings_are_read_again_also_where_the_database_comes_back_later(world, monkeypatch):
+    keeper, reads = cmres.Housekeeper(world.service), []
+    monkeypatch.setattr(cmres, 'read_settings_again', lambda config: reads.append(config) or [])
+
+    def away(_):
+        raise Unavailable('The database is away.')
+    with monkeypatch.context() as patch:
+        patch.setattr(cmres.peewee.DatabaseProxy, 'connection_context', away)
+        keeper.read_again()
+        keeper.round()
+        assert reads == []
+    keeper.round()
+    keeper.round()
+    assert reads == [world.service.config]
+
+
 @pytest.mark.sqlite  # what only its log has
 def test_once_a_minute_the_file_alone_has_everything(world, tmp_path):
     """Who loses the log, or copies the file without it, loses a minute at most."""
@@ -22760,7 +22821,9 @@ def test_settings_are_shown_with_where_they_come_from_and_without_secrets(run, t
     assert shown.keys() == SETTINGS.keys() and 'hush' not in out and code == 0
     assert shown['remind_before'] == ('60', 'config.ini', 'SIGHUP') and shown['no_overtaking_after'] == ('5', 'CMRES_PATIENCE', 'SIGHUP')
     assert shown['port'] == ('8080', 'default', 'restart') and shown['webhook_secret'][0] == 'set, but secret'
-    assert cmres.NEEDS_RESTART <= SETTINGS.keys()
+    monkeypatch.setenv('CMRES_DATABASE', 'postgresql://cmres:hush@db.example.org/cmres')
+    out = run('config', 'show')[1]
+    assert 'postgresql://cmres@db.example.org/cmres' in out and 'hush' not in out
 
 
 @pytest.mark.parametrize('text, sentence', [
@@ -22944,7 +23007,8 @@ def test_a_client_whose_answer_is_lost_asks_again_and_it_is_done_once(client, se
         with usual(request, **more) as answer:
             if len(sent) == 1:
                 raise http.client.RemoteDisconnected('cut off')
-            return contextlib.nullcontext(types.SimpleNamespace(read=lambda body=answer.read(): body, headers=answer.headers))
+            return contextlib.nullcontext(types.SimpleNamespace(read=lambda body=answer.read(): body, headers=answer.headers,
+                                                                url=answer.url))
     monkeypatch.setattr(urllib.request, 'urlopen', lossy)
     assert client.add('lab', 'demo', NOON + hours(1), NOON + hours(2))['state'] == 'reserved'
     assert len(sent) == 2 and sent[0] == sent[1] != '' and labels(service.list()) == ['lab']
@@ -23058,6 +23122,75 @@ def test_a_client_is_who_its_token_says(client, world):
 def test_a_client_without_a_server_says_so():
     with pytest.raises(Unavailable, match='No answer from http://127.0.0.1:9'):
         Client('http://127.0.0.1:9', 'x', timeout=2).list()
+
+
+@pytest.fixture
+def cut_off():
+    """What answers the same bytes to each of its connections, and hangs up: its address."""
+    doors = []
+
+    def start(answer):
+        doors.append(socket.create_server(('127.0.0.1', 0)))
+
+        def serve(door=doors[-1]):
+            with contextlib.suppress(OSError):
+                while True:
+                    line, _ = door.accept()
+                    with line:
+                        line.recv(65536)
+                        line.sendall(answer)
+        threading.Thread(target=serve, daemon=True).start()
+        return f'http://127.0.0.1:{doors[-1].getsockname()[1]}'
+    yield start
+    for each in doors:
+        each.shutdown(socket.SHUT_RDWR)
+        each.close()
+
+
+@pytest.mark.parametrize('answer, why', [
+    (b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n[1', 'No answer from http.*IncompleteRead'),
+    (b'HTTP/1.1 500 Error\r\nContent-Length: 100\r\n\r\n{', 'answered 500 Error. This is not cmres'),
+    (b'SSH-2.0-OpenSSH_9\r\n', 'No answer from http.*SSH-2.0'), (b'', 'No answer from http')])
+def test_a_client_whose_answer_is_cut_off_or_no_http_says_so(cut_off, answer, why):
+    client = Client(cut_off(answer), 'x', timeout=5)
+    for ask in client.list, lambda: client.add('lab', 'demo', hours(1), hours(1)):
+        with pytest.raises(Unavailable, match=why):
+            ask()
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """A server in front of another one, to which it sends everybody."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.send_response(301)
+        self.send_header('Location', self.server.there + self.path)
+        self.send_header('Content-Length', '0')
+        self.end_headers()
+
+    do_POST = do_GET
+
+
+def test_a_client_that_is_sent_elsewhere_says_that_nothing_was_changed(client, service):
+    front = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Elsewhere)
+    front.there = client.url
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    sent = Client(f'http://127.0.0.1:{front.server_port}', client.token)
+    try:
+        with pytest.raises(Unavailable, match=f'Nothing was changed: {sent.url} sends requests to {client.url}'):
+            sent.add('lab', 'demo', hours(1), hours(1))
+        assert sent.list() == service.list() == []
+    finally:
+        front.shutdown()
+        front.server_close()
+
+
+def test_a_client_asks_for_resource_classes_as_the_service_does(client, service):
+    service.resource_update('demo', classes={'CUSTOM_GPU': 2})
+    assert same(client, service, 'find', 'demo', hours(1), classes={'CUSTOM_GPU': 1})
+    assert same(client, service, 'find', 'demo', hours(1), classes={'CUSTOM_GPU': 3}) == []
 
 
 def test_metadata_may_have_any_names(client):
@@ -23662,7 +23795,8 @@ def test_what_is_no_plain_line_is_read_by_fire(monkeypatch):
 @pytest.mark.parametrize('line, why', [
     ('list --label', '--label needs a value.'), ('list --label --user', '--label needs a value.'),
     ('list --label=a --label b', "label was given twice: 'a' and 'b'."),
-    ('extend a 1h b c d e f g', "extend: 'f' is one word too many. Put quotes around what belongs together.")])
+    ('extend a 1h b c d e f g', "extend: 'f' is one word too many. Put quotes around what belongs together."),
+    ('accept a b --label c --project d --dry-run', "accept: 'a' is one word too many. Put quotes around what belongs together.")])
 def test_a_line_that_lacks_a_value_or_has_too_much_is_refused_in_a_sentence(run, line, why):
     code, _, err = run(*line.split())
     assert (code, err) == (2, f'cmres: {why}\n')
@@ -23725,6 +23859,21 @@ def test_a_lost_key_is_made_again_and_that_is_told(run, tmp_path, caplog):
     assert code == 0 and f"The key '{key}' was missing. cmres made a new one" in caplog.text
     Path(key).write_text('no key\n')
     assert "is not a key: its first line must be 64 hexadecimal digits." in run('list')[2]
+
+
+@pytest.mark.parametrize('form', ['json', 'jsonl'])
+def test_events_are_followed_in_lines_of_json_as_well(world, capsys, form):
+    asked = iter([world.service.events(limit=1)])
+    with pytest.raises(StopIteration):
+        cmres.follow(lambda **_: next(asked), {}, form, UTC, pause=0)
+    assert json.loads(capsys.readouterr().out)['code'] == world.service.events(limit=1)[0]['code']
+
+
+def test_letters_that_a_terminal_does_not_have_stop_nothing(tmp_path):
+    latin = environment() | {'PYTHONIOENCODING': 'latin-1'}
+    assert cli(tmp_path, 'resource', 'add', 'demo', '--vms=3', **latin).returncode == 0
+    done = cli(tmp_path, 'add', 'lab', 'demo', '+1h', '+1h', '--description', '\u65e5\u672c', **latin)
+    assert (done.returncode, done.stderr) == (0, '') and r'\u65e5\u672c' in done.stdout
 
 
 def test_events_can_be_followed_as_they_come(run, tmp_path):
@@ -28692,12 +28841,13 @@ def test_a_hint_that_is_no_label_opens_nothing(scheduler, world, label):
 
 
 @pytest.mark.parametrize('when_down, passes', [('closed', ['plain', 'bare']), ('open', [each.host for each in HOSTS])])
-def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, when_down, passes):
+def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, cut_off, when_down, passes):
     scheduler.conf.update(when_down=when_down, token=['wrong'], without_hint='reserved')
     assert passing(scheduler, HOSTS, spec_of()) == passes
-    scheduler.conf.update(url=['http://127.0.0.1:9'])
-    assert passing(scheduler, HOSTS, spec_of()) == passes
-    assert caplog.text.count(f'cmres does not answer, so its hosts are {when_down}') == 2
+    for url in 'http://127.0.0.1:9', cut_off(b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n['):
+        scheduler.conf.update(url=[url])
+        assert passing(scheduler, HOSTS, spec_of()) == passes
+    assert caplog.text.count(f'cmres does not answer, so its hosts are {when_down}') == 3
 
 
 def claimed(world, server, need='g4', project='biology', **more):
