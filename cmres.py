@@ -4020,7 +4020,8 @@ def is_server(path: str) -> bool:
 
 def without_password(path: str) -> str:
     """A database as people are told of it."""
-    return re.sub(r'(?<=://)([^:@/]*):[^@/]*@', r'\1@', path)
+    path = re.sub(r'(?<=://)([^:@/]*):[^@/]*@', r'\1@', path)
+    return re.sub(r'(?<=[?&])((?:ssl)?password)=[^&]*', r'\1=***', path)
 
 
 class Turns:

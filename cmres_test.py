@@ -3722,6 +3722,14 @@ def test_rows_are_made_also_while_another_thread_forgets_how(world, monkeypatch)
     assert cmres.row("SELECT 1 AS one, 'two' AS two") == (1, 'two')
 
 
+@pytest.mark.parametrize('url, told', [
+    ('postgresql://eva:s3cret@db/x', 'postgresql://eva@db/x'), ('postgres://eva@db/x', 'postgres://eva@db/x'),
+    ('postgresql://eva@db/x?password=s3cret&a=b', 'postgresql://eva@db/x?password=***&a=b'),
+    ('postgresql://db/x?user=eva&sslpassword=s3cret', 'postgresql://db/x?user=eva&sslpassword=***'), ('a.db', 'a.db')])
+def test_no_password_of_a_database_is_told(url, told):
+    assert cmres.without_password(url) == told
+
+
 #: What SQLite alone understands, and what both do instead.
 OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), for_each', r'\bINSERT OR\b': 'ON CONFLICT',
              r'\bIS (NOT )?NULL\) = [01]': '= FALSE', r'\bWHERE 1\b': 'WHERE TRUE', r'\b1 << \d\d': 'the number itself',
