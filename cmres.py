@@ -27253,8 +27253,6 @@ class BookForm(Visit):
     def asked(self, said: dict) -> dict:
         """The arguments of the operation that the fields stand for."""
         given = self.otherwise(said) if self.was else self.wanted(said)
-        if given.get('skip_dates'):
-            given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
         return bind(self.operation, given | {'tz': self.zone.key}, self.here)
 
     def wanted(self, said: dict) -> dict:
@@ -27368,8 +27366,9 @@ class BookForm(Visit):
             go = f"Book the {dates} that fit{'s' * (number == 1)}"
         ends = [(name, self.span(each['start'], each['end']))
                 for name, each in zip(('First', 'Last'), fitting[:1] + fitting[-1:])]
-        out = [date.fromisoformat(each) for each in days_left_out(
-            said.get('skip_dates') or '', self.here).split(',') if each]
+        skips = read_argument('skip_dates', said.get('skip_dates', ''), Names, self.here)
+        out = [date.fromisoformat(each[:10]) for each in self.service.wishes.read_skips(
+            {'skip_dates': skips}, self.zone, answer['occurrences'][0]['start'].timestamp())]
         return Verdict('ok' if number == whole else 'some', head, words + whys[:5], ends,
                        months_of(dict.fromkeys(out, 'out') | outcomes), go=go)
 
@@ -27857,12 +27856,6 @@ def track_of(visit: Visit, found: dict) -> tuple | None:
     return words, round(96 * done, 2), [(2, 'start', 18, visit.plain(begin)),
                                         (98, 'end', 18, visit.plain(end)),
                                         (50, 'middle', 70, words)]
-
-
-def days_left_out(text: str, here: Here) -> str:
-    """Days that people name, as `skip_dates` has them."""
-    found = [read_day(each.strip(), here) for each in text.split(',') if each.strip()]
-    return ','.join(f'{each:%Y-%m-%d}' for each in found if isinstance(each, date))
 
 
 def months_of(outcomes: dict[date, str]) -> list[tuple[str, list]]:

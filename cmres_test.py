@@ -21623,6 +21623,22 @@ def test_without_segno_there_is_no_qr_code_and_with_it_there_is(monkeypatch):
     assert cmres.qr_code('https://example.org') == ''
 
 
+@pytest.mark.parametrize('words', ['22 d', '12:00-13:00', 'x', '2200-01-01', '\u202e'])
+def test_dates_to_leave_out_that_are_none_are_refused_in_words(world, words):
+    visitor = as_visitor(world)
+    said = visitor.get('/book/check?' + urlencode({'resource': 'demo', 'label': 'class', 'start': '2026-12-02T09:00', 'end': '+1h', 'what': 'hold',
+                                                   'repeat': 'daily', 'until': '2026-12-06', 'skip_dates': words}))
+    assert said.html.select('h2')[0].text == 'It can’t be booked like this' and 'Not on: ' in said.html.text
+
+
+def test_dates_that_are_left_out_are_marked(world):
+    said = as_visitor(world).get('/book/check?' + urlencode({
+        'resource': 'demo', 'label': 'class', 'start': '2026-12-20T09:00', 'end': '+1h', 'what': 'hold', 'repeat': 'daily', 'until': '2026-12-24',
+        'skip_dates': '22 dec, 2026-12-23'}))
+    assert 'It fits: 3 dates' in said.html.text
+    assert [each.text for each in said.html.select('td .out')] == ['22left out', '23left out']
+
+
 @pytest.mark.parametrize('line, fields, start, end', [
     ('15 ubuntu every tue 10-12 until 23 feb not 22 dec',
      {'vms': '15', 'image': 'ubuntu-24.04', 'repeat': 'every tue', 'until': '23 Feb 2027', 'skip_dates': '22 Dec 2026'},
