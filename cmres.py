@@ -25031,7 +25031,7 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 </tr></thead><tbody>
 % for pick, cells in lines:
 <tr>
-{{!when(PICK, picks, pick, mark('checked', f'{picks}{pick}' in picked))}}
+{{!when(PICK, picks and pick, mark('checked', f'pick {pick}' in visit.typed))}}
 % for head, cell in zip(heads, cells):
 <td data-name="{{head[0]}}" data-head="{{head[1].partition(' (')[0]}}">{{!cell}}</td>
 % end
@@ -25541,8 +25541,8 @@ def in_length(seconds: float | None) -> str:
 
 
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
-PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
-        'aria-label="Select {1}"{2}></td>')
+PICK = ('<td class="pick"><input type="checkbox" name="pick {0}" value="yes" '
+        'aria-label="Select {0}"{1}></td>')
 NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or a later date.'
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
@@ -26193,8 +26193,8 @@ class Visit:
         return headed(name, self.table(name, lines, given, acts))
 
     def table(self, name: str, lines: list[dict], given: dict | None, acts: list | None = None,
-              picks: str = '', picked: Iterable[str] = (), empty: str = '') -> str:
-        """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
+              picks: bool = False, empty: str = '') -> str:
+        """A table, sorted as `given` says; with `picks` its lines have boxes."""
         columns, nothing = PANELS[name]
         if acts is not None:
             lines = [each | {'acts': acts} for each in lines]
@@ -26211,8 +26211,8 @@ class Visit:
         heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by)) for key in shown]
         return self.render(
             'table', name=name, id=name.split()[0].lower(), heads=heads, picks=picks,
-            picked=picked, lines=[(line.get('label') or line.get('id'), map(each.get, shown))
-                                  for line, each in zip(lines, cells)])
+            lines=[(f"{line.get('label')} {line.get('project')}", map(each.get, shown))
+                   for line, each in zip(lines, cells)])
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -27503,18 +27503,17 @@ class Admin(Visit):
         """What awaits an approval, and what waits for capacity."""
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
                    if not each['leaves']]
-        picked = [each for each in self.typed if each.startswith('pick ')]
+        picked = sum(each.startswith('pick ') for each in self.typed)
         return self.render(
-            'decide', table=self.table('Requests', pending, given, picks='pick ', picked=picked),
-            some=pending, picked=len(picked)) + self.panel(
+            'decide', table=self.table('Requests', pending, given, picks=True), some=pending,
+            picked=picked) + self.panel(
                 'Waiting for capacity', self.service.list(state=['waiting']), given, ['delete'])
 
     def decide(self, given: dict):
         """Approves or rejects all that is selected, each by itself."""
         self.refuse_others()
         name, reason = given.get('do', ''), given.get('reason', '')
-        picked = [each.removeprefix('pick ') for each in given if each.startswith('pick ')]
-        known = {each['label']: each['project'] for each in self.service.awaiting_approval()}
+        picked = [each.split(' ', 2)[1:] for each in given if re.match('pick [^ ]+ ', each)]
         if name not in ('approve', 'reject') or not picked or name == 'reject' and not reason:
             self.note_refusal(given, 'Write a reason. The owners get it.' if picked else
                               'Select at least one.')
@@ -27522,13 +27521,13 @@ class Admin(Visit):
         because = {'reason': reason} if name == 'reject' else {}
         puts_off = {'dry_run': True} if name in PUT_OFF and self.config.undo_time else {}
         done, refused, undo = [], [], ('', 0)
-        for each in picked:
-            asked = {'label': each, 'project': known.get(each, '')} | because
+        for label, project in picked:
+            asked = {'label': label, 'project': project} | because
             try:
                 getattr(self.service, name)(**asked, **puts_off)
                 done.append((name, asked))
             except Error as error:
-                refused.append(f'{each}: {error}')
+                refused.append(f'{label}: {error}')
         if puts_off and done:
             undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done])
         words = f"{counted(len(done), 'request')} {name}{'d' if name == 'approve' else 'ed'}"

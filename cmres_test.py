@@ -10150,7 +10150,7 @@ def test_on_the_page_an_admin_sees_and_approves_a_change_of_what_runs(world, run
     form.submit()
     assert 'decide_before' in app.get('/admin').text
     form = form_of(app.get('/admin'), '/admin/decide')
-    form['pick lab'] = 'yes'
+    form['pick lab biology'] = 'yes'
     form.submit('do', index=0, status=303)
     assert running.show('lab')['end'] == NOON + hours(6)
 
@@ -21007,11 +21007,11 @@ def test_admins_look_after_everything_on_one_page(world):
         book(world.as_user(), label, start=1, end=2, resource='gpu')
     form = form_of(visitor.get('/admin'), '/admin/decide')
     assert 'Select at least one' in form.submit('do', index=0, status=400)
-    form['pick lab'], form['pick other'] = 'yes', 'yes'
+    form['pick lab biology'], form['pick other biology'] = 'yes', 'yes'
     assert '2 requests approved' in form.submit('do', index=0, status=303).follow()
     assert world.state('lab') == world.state('other') == 'reserved'
     form = form_of(visitor.get('/admin'), '/admin/decide')
-    form['pick third'] = 'yes'
+    form['pick third biology'] = 'yes'
     assert 'Write a reason' in form.submit('do', index=1, status=400)
     form['reason'] = 'exam week'
     form.submit('do', index=1, status=303)
@@ -21023,6 +21023,24 @@ def test_admins_look_after_everything_on_one_page(world):
     form_of(visitor.get('/admin/maintenance'), '/do/maintenance_delete').submit(status=303)
     form_of(visitor.get('/admin/people'), '/do/limit_delete').submit(status=303)
     assert world.service.maintenance_list() == [] and world.service.limit_list() == []
+
+
+def test_of_two_requests_of_one_name_the_one_that_is_selected_is_decided(world):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, approval=timedelta(days=2))
+    users = world.as_user(), world.as_user('tom', 'physics of solids')
+    for user in users:
+        book(user, resource='gpu')
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin'), '/admin/decide')
+    form['pick lab biology'] = 'yes'
+    form.submit('do', index=0, status=303)
+    assert [user.list()[0]['state'] for user in users] == ['reserved', 'pending']
+    form = form_of(visitor.get('/admin'), '/admin/decide')
+    form['pick lab physics of solids'] = 'yes'
+    refused = form_of(form.submit('do', index=1, status=400), '/admin/decide')  # no reason
+    assert refused['pick lab physics of solids'].checked
+    form.submit('do', index=0, status=303)
+    assert [user.list()[0]['state'] for user in users] == ['reserved', 'reserved']
 
 
 def test_what_waits_for_a_word_can_get_it_on_the_page(world):
