@@ -26017,6 +26017,11 @@ def local(href: str | None) -> str:
     return href if href and re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', href) else '/'
 
 
+def lines_of(answer) -> list[dict]:
+    """The reservations of which an answer tells."""
+    return answer.get('parts', [answer]) if isinstance(answer, dict) else answer
+
+
 def sort_key(value) -> tuple:
     """A key that puts values of any kind in order."""
     return (value is None, isinstance(value, str), str(value) if isinstance(value, (dict, list))
@@ -26343,7 +26348,7 @@ class Visit:
 
     def way_back(self, answer: dict) -> tuple[str, float]:
         """What takes back what has just been changed, and for how many seconds."""
-        of = {(each['label'], each['project']) for each in answer.get('parts', [answer])}
+        of = {(each['label'], each['project']) for each in lines_of(answer)}
         made = {each[:2]: each for each in reversed(self.undoable)
                 if each[:2] in of and each[3] and not each[-1]}
         left = min((each[4] for each in made.values()), default=0) - self.service.clock()
@@ -27448,7 +27453,7 @@ class BookForm(Visit):
         if not self.was:
             said = said | {'label': said['label'] or self.free_label(said | {'image': ''})}
         answer = self.call(said)
-        about = answer.get('parts', [answer])[0]
+        about = lines_of(answer)[0]
         so, undo = ('changed', self.way_back(answer)) if self.was else (about['state'], ('', 0))
         words = '. '.join([f"'{answer['label']}' is {so}", *answer.get('warnings', ())])
         return self.onward(self.href(answer['label'], about['project']), words, undo)
@@ -27671,7 +27676,8 @@ class Admin(Visit):
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
         onward, sure = local(given.get('next')), given.pop('sure', '')
-        once, checks = given.pop('once', ''), given.pop('check', '')
+        once, previews = given.pop('once', ''), 'affected' in operation.parameters
+        checks = previews and given.pop('check', '')
         said = {key: value for key, value in given.items() if key != 'next'}
         ends = name in ('delete', 'end') and not sure and self.running(said)
         if ends or name in ASKED_TWICE and not sure:
@@ -27701,9 +27707,9 @@ class Admin(Visit):
     def put_off(self, name: str, said: dict, asked: dict, answer) -> tuple[str, float]:
         """Lets what was tried be done in a moment: what takes it back, and for how long."""
         whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
-        first = answer if isinstance(answer, dict) else answer[0]
-        about = said['label'], first['project'], 0 if whole else first['id']
-        return self.later([(name, asked)], [about])
+        about = {(each['label'], each['project'], 0 if whole else each['id']): name
+                 for each in lines_of(answer)}
+        return self.later([(name, asked)], [*about])
 
     def undo_of(self, name: str, answer) -> tuple[str, float]:
         """What takes back what was done, and for how long."""

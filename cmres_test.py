@@ -21146,6 +21146,34 @@ def test_what_is_not_there_or_makes_no_sense_is_said_on_a_page(world, path):
     assert answer.status_int in (200, 400, 404) and 'Traceback' not in answer
 
 
+@pytest.mark.parametrize('deed, label', [('delete', 'parts'), ('reject', 'parts'), ('reject', 'parts-2')])
+def test_a_request_of_several_parts_is_cancelled_or_rejected_as_a_whole_and_undone(world, deed, label):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, approval=timedelta(days=2))
+    book(world.as_user(), 'parts', start=20, end=21, resource='-', part=['demo:1', 'gpu:2'])
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    asked = {'label': label, 'project': 'biology', 'form': form_of(visitor.get('/list'), '/sign-out')['form'].value}
+
+    def do():
+        return visitor.post(f'/do/{deed}', asked | ({'reason': 'no'} if deed == 'reject' else {}), status=303).follow()
+    page = do()
+    assert [each.text for each in visitor.get('/r/parts?project=biology').html.select('td .state')] == ['cancelled', 'cancelled']
+    undo_form(page).submit(status=303)
+    let_undo_pass(world)
+    assert [each['state'] for each in world.service.show('parts')['parts']] == ['reserved', 'pending']
+    do()
+    let_undo_pass(world)
+    assert {each['state'] for each in world.service.show('parts')['parts']} == {'cancelled'}
+
+
+def test_only_what_can_be_previewed_is_checked_by_a_form(world):
+    book(world.as_user())
+    visitor = as_visitor(world, role='admin')
+    guard = form_of(visitor.get('/list'), '/sign-out')['form'].value
+    asked = {'label': 'lab', 'project': 'biology', 'by': '1h', 'check': 'yes', 'form': guard}
+    assert "no argument 'check'" in visitor.post('/do/extend', asked, status=400).html.text
+    assert visitor.post('/do/limit_delete', {'id': '7', 'form': guard, 'check': 'yes'}, status=400)
+
+
 def test_a_form_that_is_too_large_or_not_utf8_is_refused(world):
     visitor = as_visitor(world)
     assert visitor.post('/do/delete', b'label=' + b'x' * 2**20, status=413)
