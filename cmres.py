@@ -24375,17 +24375,17 @@ const watch = (form, verdict) => {
     all.delete('form');
     return new URLSearchParams(all);
   };
+  const filled = path => path + (path.includes('?') ? '&' : '?') + fields();
   const check = async () => {
-    const turn = ++asked, path = `${form.dataset.check}?${fields()}`;
-    const answer = await fetch(path).catch(() => null);
+    const turn = ++asked, answer = await fetch(filled(form.dataset.check)).catch(() => null);
     if (turn !== asked) return;
     if (answer && answer.ok) verdict.innerHTML = await answer.text();
     else verdict.textContent = 'It could not be checked. Load the page again.';
   };
   form.addEventListener('input', () => { clearTimeout(timer); timer = setTimeout(check, 300); });
-  form.elements.resource.addEventListener('change', () => {
-    if (form.matches('.whole')) location.replace('/book?' + fields());
-  });
+  const place = form.matches('.whole') && form.elements.resource;  /* it has other flavors */
+  if (place)
+    place.addEventListener('change', () => location.replace(filled(form.getAttribute('action'))));
 };
 if ($('form.booking')) watch($('form.booking'), $('#verdict'));
 
@@ -24495,8 +24495,8 @@ class Move {
   to(event) {
     const by = this.plot.near(this.plot.at(event)) - this.plot.near(this.from);
     const longer = this.edge || this.bar.dataset.runs;
-    const [a, z] = [longer ? this.a : this.a + by, this.z + by];
-    if (z <= a || this.start === a && this.end === z) return;
+    const a = longer ? this.a : this.a + by, z = Math.max(this.z + by, a + this.plot.snap);
+    if (this.start === a && this.end === z) return;
     [this.start, this.end, this.fits] = [a, z, false];
     this.bar.classList.add('ghost');
     this.plot.draw(a, z, false);
@@ -27053,6 +27053,7 @@ class Verdict(NamedTuple):
 
 
 UNCHECKED = Verdict('', 'Here you see whether it fits.')
+AS_BEFORE = Verdict('', 'Nothing is changed yet.', go='Change')
 CHOOSE = 'Choose an image, or hold capacity only.'
 #: How a verdict looks: the sign and the state whose colour it has; and a date of a series: its
 #: class, its sign, its word.
@@ -27094,13 +27095,15 @@ class BookForm(Visit):
 
     def book(self, given: dict):
         """The form, filled in with what was typed or clicked on, and whether that fits."""
-        line = given.get('q') or given.get('find') or ''
-        if line:
-            read, said = self.read_line(line)
-            if given.get('find'):
-                return self.booking(said, UNCHECKED, finds=line, found=self.free_times(read, said))
-            return self.booking(said, self.tried(said), typed=line, chips=self.understood(read))
+        finds, typed = given.get('find', ''), given.get('q', '')
         try:
+            if finds:
+                line, said = self.read_line(finds)
+                return self.booking(said, UNCHECKED, finds=finds, found=self.free_times(line, said))
+            if typed:
+                line, said = self.read_line(typed)
+                return self.booking(said, self.tried(said), typed=typed,
+                                    chips=self.understood(line))
             said = self.filled(given)
         except Error as error:
             verdict = Verdict('no', str(error), go='', focus=True)
@@ -27461,9 +27464,10 @@ class BookForm(Visit):
     # Changing
 
     def change(self, label: str, given: dict):
-        """The form that changes a reservation, with all that can be changed."""
+        """The form that changes a reservation, with what was typed into it on another resource."""
         self.concern(label, given)
-        return self.booking({}, Verdict('', 'Nothing is changed yet.', go='Change'))
+        verdict = self.tried(given) if 'resource' in given else AS_BEFORE
+        return self.booking(given, verdict)
 
     def try_change(self, label: str, given: dict):
         """In a few words whether a reservation could be moved, for who drags it."""

@@ -22305,6 +22305,47 @@ def test_in_a_browser_flavors_are_those_of_the_chosen_resource(world, browse):
     expect(flavors).to_have_count(0)
 
 
+def test_in_a_browser_a_change_is_checked_and_stays_one_on_another_resource(world, browse):
+    from playwright.sync_api import expect
+    world.service.resource_add('bare', vms=4)
+    book(world.as_user(), start=1, end=5, flavor='m1.small', image='cirros')
+    page = browse()
+    signs_in(world, page, path='/r/lab')
+    page.get_by_role('link', name='Change').click()
+    page.get_by_label('VMs', exact=True).fill('3')
+    expect(page.locator('#verdict')).to_contain_text('3 VMs (m1.small, cirros) on demo start')
+    page.get_by_label('Resource').select_option('bare')
+    page.wait_for_url('**/r/lab/change?**')
+    expect(page.get_by_label('VMs', exact=True)).to_have_value('3')
+    expect(page.locator('#verdict')).to_contain_text('Change')
+    assert world.service.show('lab')['resource'] == 'demo'
+
+
+def test_in_a_browser_the_script_runs_on_a_form_without_a_resource(world, browse):
+    from playwright.sync_api import expect
+    book(world.as_user(), start=0, end=5, flavor='m1.small', image='cirros')
+    world.at(0), world.at(0.1)
+    page = browse()
+    signs_in(world, page, path='/r/lab/change')
+    page.get_by_label('VMs', exact=True).fill('17')
+    expect(page.locator('#verdict')).to_contain_text("'demo' has 16 VMs in total")
+
+
+def test_in_a_browser_an_end_that_is_dragged_before_the_start_stays_behind_it(world, browse):
+    from playwright.sync_api import expect
+    book(world.as_user(), start=24 - 2, end=24 + 5)  # Wed 2 Dec, 10 to 17
+    page = browse()
+    signs_in(world, page)
+    bar = page.locator('a.b[data-a] rect').first.bounding_box()
+    page.mouse.move(bar['x'] + bar['width'] - 2, bar['y'] + 10)
+    page.mouse.down()
+    page.mouse.move(bar['x'] - 40, bar['y'] + 10)
+    expect(page.locator('.read')).to_contain_text('Wed 10:00–10:15 · fits')
+    with page.expect_navigation():
+        page.mouse.up()
+    assert world.service.show('lab')['end'] == NOON + hours(22.25)
+
+
 def test_in_a_browser_long_names_fit_a_phone(world, browse):
     world.service.resource_add('n' * 64, cloud='c' * 60, region='r' * 60, vms=1_000_000)
     page = browse(width=360)
