@@ -23957,6 +23957,9 @@ class QuickLine:
             end = parse_time(as_clock(other), self.here.zone, self.here.now, start)
             end = end_after_gap(end, start)
         self.start, self.end, self.length = start, end, end - start
+        self.before = self.here.now + timedelta(days=60)
+        if 'before' in self.fields:
+            self.before = parse_time(self.fields['before'], self.here.zone, self.here.now)
 
     def first_at(self, clock: str) -> datetime:
         """The first time at which clocks show something: on its day, or one of its weekdays."""
@@ -27107,7 +27110,7 @@ class BookForm(Visit):
             said = self.filled(given)
         except Error as error:
             verdict = Verdict('no', str(error), go='', focus=True)
-            return self.booking(self.blank() | given, verdict, error.status)
+            return self.booking(self.blank() | given, verdict, error.status, typed, finds=finds)
         asks = given.get('start') or given.get('resource')
         return self.booking(said, self.tried(said) if asks else UNCHECKED)
 
@@ -27209,8 +27212,11 @@ class BookForm(Visit):
         where = next((each for each in places if each.lower() in text.lower().split()),
                      said['resource'])
         names = self.offered(where)[0]
-        line = QuickLine(text, self.here, {'resource': places} | {
-            kind: [name for name, _ in names[kind]] for kind in names})
+        offered = {kind: [name for name, _ in names[kind]] for kind in names}
+        try:
+            line = QuickLine(text, self.here, {'resource': places} | offered)
+        except ValueError as error:
+            raise Invalid(str(error)) from None
         said |= {'resource': where} | {name: value for name, value in line.fields.items()
                                        if name in said}
         said = self.timed(said, line.start, line.end)
@@ -27239,16 +27245,13 @@ class BookForm(Visit):
     def free_times(self, line: QuickLine, said: dict) -> list[tuple]:
         """When what somebody looks for is free: an address, words, where."""
         here, found = self.here, []
-        before = here.now + timedelta(days=60)
-        if 'before' in line.fields:
-            before = parse_time(line.fields['before'], here.zone, here.now)
         fixed, gpu = line.fields.get('resource'), 'gpu' in line.said
         places = [each for each in self.places() if (not fixed or each.name == fixed)
                   and (not gpu or 'gpu' in f'{each.name}{each.classes}'.lower())]
         for place in places[:MOST_PLACES]:
             wish = {name: value for name, value in said.items() if value}
             wish |= {'resource': place.name}
-            for slot in self.slots(wish, here.now, here.now + line.length, before):
+            for slot in self.slots(wish, here.now, here.now + line.length, line.before):
                 end = slot['start'] + line.length
                 wish |= {'start': to_plain(slot['start']), 'end': to_plain(end)}
                 found.append((slot['start'], f'/book?{urlencode(wish)}',

@@ -21721,6 +21721,15 @@ def test_what_is_not_understood_of_a_line_is_told_and_nothing_is_lost(world):
     assert page.html.select('.ask input')[0]['value'] == '3 windoze every tue 10-12 until caturday'
 
 
+@pytest.mark.parametrize('line', ['2 vms on 2200-01-01', '0001-01-01', '2 vms for 5000000 weeks', '2 vms for 1h 1h', '22-2 9999-12-31',
+                                  '2 vms for 2h before 9999-12-31'])
+@pytest.mark.parametrize('field', ['q', 'find'])
+def test_a_line_of_times_that_are_none_is_refused_in_words(world, field, line):
+    page = as_visitor(world).get('/book?' + urlencode({field: line}), status=400)
+    assert re.search('is not|is longer than', page.html.select('.refused')[0].text)
+    assert page.html.select(f'.ask [name={field}]')[0]['value'] == line
+
+
 def test_a_last_date_that_is_not_understood_is_no_first_one():
     here, names = cmres.Here(now=NOON, zone=UTC), {'resource': ['gpu'], 'image': [], 'flavor': []}
     line = cmres.QuickLine('every tue 10-12 until the week of 23 feb on gpu', here, names)
