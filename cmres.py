@@ -26461,7 +26461,8 @@ class OpenId:
         import requests
         from authlib.common.errors import AuthlibBaseError
         from joserfc.errors import JoseError
-        if not secrets.compare_digest(said.get('state', ''), known['state']) or 'code' not in said:
+        same = secrets.compare_digest(said.get('state', '').encode(), known['state'].encode())
+        if not same or 'code' not in said:
             raise Unauthorized(f"you are not signed in: {said.get('error') or 'start again'}")
         try:
             token = self.client(back).fetch_token(

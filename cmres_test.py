@@ -30988,7 +30988,8 @@ def test_a_sign_in_is_of_the_browser_that_began_it_and_good_once(provider):
     web, other = provider.web, webtest.TestApp(provider.web.app)
     back = provider.authorize(sent_to(provider))
     assert 'not started here' in other.get('/sign-in/oidc', back, status=401)
-    assert 'not signed in' in web.get('/sign-in/oidc', back | {'state': 'x'}, status=401)
+    for state in ('x', 'é', ''):
+        assert 'not signed in' in web.get('/sign-in/oidc', back | {'state': state}, status=401)
     sent_to(provider, other)
     assert 'not signed in' in other.get('/sign-in/oidc', back, status=401)  # another state, and verifier
     assert 'denied' in web.get('/sign-in/oidc', {'error': 'denied', 'state': back['state']}, status=401)
