@@ -26121,6 +26121,12 @@ class Visit:
         start = instant(found.start) if found.repeats else None
         return self.href(found.label, found.project, start)
 
+    def shown_of(self, label: str, given: dict) -> dict:
+        """What `show` answers of the reservation, or the occurrence, that a form or address names.
+        """
+        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
+        return self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
+
     def page(self, title: str, body: str, status: int = 0, headed: bool = True):
         """A whole page, under its title if it has no heading; says what the last form did."""
         request = bottle.request
@@ -26847,17 +26853,15 @@ class Lists(Visit):
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
         wanted = wanted if wanted in STATES and not over else ''
         service, self.back = self.service, f'/list?{urlencode(given)}'.rstrip('?')
-
-        def lines(after: str, most: int) -> list[dict]:
-            return (service.over(after, most) if over
-                    else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
-        found = lines(after, MOST_LINES_SHOWN)
-        last = cursor_of(found[-1]) if found else ''
+        most = MOST_LINES_SHOWN + 1
+        found = (service.over(after, most) if over
+                 else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
+        lines, more = found[:MOST_LINES_SHOWN], found[MOST_LINES_SHOWN:]
         empty = 'Nothing is finished yet.' if over else ''
         kept = {'state': wanted} if wanted else {'over': 1} if over else {}
         return self.page('Reservations', self.render(
-            'list', over=over, state=wanted, table=self.listed(found, given, empty),
-            onward=last and lines(last, 1) and urlencode(kept | {'after': last}),
+            'list', over=over, state=wanted, table=self.listed(lines, given, empty),
+            onward=more and urlencode(kept | {'after': cursor_of(lines[-1])}),
             states=[each for each in STATES if each not in ('ended', 'failed')]))
 
     def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
@@ -26901,11 +26905,10 @@ class Lists(Visit):
 
     def one(self, label: str, given: dict) -> tuple[dict, str, str]:
         """A reservation, its live part, and the occurrence that was asked for."""
-        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        found = self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
+        found = self.shown_of(label, given)
         if 'parts' in found:
             return found, '', ''
-        found, occurrence = self.as_left(found), asked.get('occurrence', '')
+        found, occurrence = self.as_left(found), given.get('occurrence', '')
         events = self.service.events(label, found['project'], limit=50)[::-1]
         acts = [self.act(each, found, True, occurrence * (each in ('extend', 'skip', 'delete')))
                 for each in self.acts(found)]
@@ -27088,14 +27091,14 @@ class BookForm(Visit):
         """Makes it the form of a reservation that is there, if a label says of which."""
         if not label:
             return
-        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        found = self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
+        found = self.shown_of(label, given)
         if 'parts' in found:
             raise Conflict(f"'{label}' has several parts. Change them one by one.")
         self.found, self.was = found, self.stored_fields(found)
-        self.about = f'Change {label}', f'/r/{quote(label)}/change', f'?{urlencode(asked)}'
+        which = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
+        self.about = f'Change {label}', f'/r/{quote(label)}/change', f'?{urlencode(which)}'
         self.only = WHILE_RUNNING if found['state'] in RUNNING else (
-            OF_ONE if 'occurrence' in asked else ())
+            OF_ONE if 'occurrence' in which else ())
 
     def book(self, given: dict):
         """The form, filled in with what was typed or clicked on, and whether that fits."""
@@ -27440,15 +27443,13 @@ class BookForm(Visit):
     def send(self, given: dict, label: str = ''):
         """Does what the form says, or with its other button only checks it."""
         self.concern(label, given)
-        said, status, verdict = given, 200, None
-        if not self.was:
-            said = {name: given.get(name, '') for name in BOOKING} | (
-                {'on_conflict': 'skip'} if given.get('fitting') else {})
-        if 'check' in given:
-            verdict = self.tried(said, True)
+        said = given if self.was else {name: given.get(name, '') for name in BOOKING}
+        if given.get('fitting'):
+            said |= {'on_conflict': 'skip'}
         try:
-            if not verdict:
+            if 'check' not in given:
                 return self.done(said)
+            verdict, status = self.tried(said, True), 200
         except Error as error:
             verdict, status = self.does_not_fit(said, error, True), error.status
         with suppress(Error):  # what can't be read stands there as it was typed
@@ -27703,7 +27704,11 @@ class Admin(Visit):
             return self.refused(name, said, error, onward)
         if checks:
             return self.show_affected(name, said, answer)
-        undo = self.put_off(name, said, asked, answer) if puts_off else self.undo_of(name, answer)
+        undo = ('', 0)
+        if puts_off:
+            undo = self.put_off(name, said, asked, answer)
+        elif name in ('update', 'extend', 'keep'):
+            undo = self.way_back(answer)
         return self.tell_done(onward, told_done(name, asked, answer), undo, answer, once)
 
     def show_affected(self, name: str, said: dict, answer: dict):
@@ -27718,10 +27723,6 @@ class Admin(Visit):
         about = {(each['label'], each['project'], 0 if whole else each['id']): name
                  for each in lines_of(answer)}
         return self.later([(name, asked)], [*about])
-
-    def undo_of(self, name: str, answer) -> tuple[str, float]:
-        """What takes back what was done, and for how long."""
-        return self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
 
     def tell_done(self, onward: str, words: str, undo: tuple[str, float], answer, once: str):
         """The page after something was done; a secret is shown this once."""
@@ -27771,12 +27772,11 @@ class Admin(Visit):
 
     def running(self, said: dict) -> str:
         """The VMs that a form would end, in words; '' if none run."""
-        about = {name: said[name] for name in ('label', 'project', 'occurrence') if said.get(name)}
         try:
-            found = self.service.show(**bind(API['show'], about, self.here))
+            found = lines_of(self.shown_of(said.get('label', ''), said))
         except Error:  # the operation says why
             return ''
-        names = [each['name'] for part in found.get('parts', [found]) for each in part['servers']]
+        names = [each['name'] for part in found for each in part['servers']]
         return names and f"{counted(len(names), 'VM')} running now: {', '.join(names[:20])}." or ''
 
     def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str, ends: str):
