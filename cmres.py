@@ -24395,7 +24395,22 @@ if ($('form.booking')) watch($('form.booking'), $('#verdict'));
 /* The time line. Its times are minutes on the clocks of the person's zone. */
 const board = $('.board'), tip = $('.tip:not(.read)'), read = $('.read'), pop = $('.pop');
 const names = ['Sun', 'Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat'];
-const dawn = 420, dusk = 1200;
+const line = board ? board.dataset : {}, axis = JSON.parse(line.axis || '[]');
+const first = Date.parse(line.first + 'Z'), length = +line.length, snap = +line.snap;
+/* Where a minute is, in percent (from 0 to 1), or which minute is there (from 1 to 0). */
+const between = (value, from, to) => {
+  const n = axis.slice(1, -1).filter(each => each[from] <= value).length;
+  const [a, z] = [axis[n], axis[n + 1]];
+  return a[to] + (z[to] - a[to]) * (value - a[from]) / (z[from] - a[from]);
+};
+const part = minute => between(minute, 0, 1);
+const near = minute => Math.max(0, Math.min(length, Math.round(minute / snap) * snap));
+const clock = minute => new Date(first + 60000 * minute).toISOString();
+const text = minute => clock(minute).slice(0, 16);
+const told_at = (minute, day) => (day ? names[new Date(clock(minute)).getUTCDay()] + ' ' : '')
+  + clock(minute).slice(11, 16);
+const span = (a, z) => told_at(a, true)
+  + (z > a ? '–' + told_at(z, text(a).slice(0, 10) !== text(z - 1).slice(0, 10)) : '');
 const put = (box, x, y, above) => {
   box.hidden = false;
   const most = board.clientWidth - box.offsetWidth - 8;
@@ -24407,50 +24422,19 @@ class Plot {
   constructor(svg) {
     this.svg = svg;
     this.shade = $('.drag', svg);
-    this.first = Date.parse(svg.dataset.first + 'Z');
-    for (const name of ['length', 'thin', 'snap', 'caps', 'steps', 'shut'])
-      this[name] = JSON.parse(svg.dataset[name]);
-    this.whole = dusk - dawn + this.thin * (1440 - dusk + dawn);
-    const start = new Date(this.first);
-    this.offset = start.getUTCHours() * 60 + start.getUTCMinutes();
-    this.zero = this.run(this.offset);
-    this.all = this.run(this.offset + this.length) - this.zero;
+    for (const name of ['caps', 'steps', 'shut']) this[name] = JSON.parse(svg.dataset[name]);
   }
-  /* By night, an hour takes less of the width. */
-  run(minute) {
-    const day = Math.floor(minute / 1440), m = minute - 1440 * day;
-    const light = Math.max(0, Math.min(m, dusk) - dawn);
-    return day * this.whole + light + this.thin * (m - light);
-  }
-  back(run) {
-    const day = Math.floor(run / this.whole), r = run - day * this.whole;
-    const a = this.thin * dawn, b = a + dusk - dawn;
-    const m = r < a ? r / this.thin : r < b ? dawn + r - a : dusk + (r - b) / this.thin;
-    return 1440 * day + m;
-  }
-  part(minute) { return (this.run(minute + this.offset) - this.zero) / this.all; }
   at(event) {
     const box = this.svg.getBoundingClientRect();
     const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
-    return this.back(this.zero + share * this.all) - this.offset;
-  }
-  near(minute) {
-    return Math.max(0, Math.min(this.length, Math.round(minute / this.snap) * this.snap));
-  }
-  clock(minute) { return new Date(this.first + 60000 * minute).toISOString(); }
-  text(minute) { return this.clock(minute).slice(0, 16); }
-  span(a, z) {
-    const say = (minute, day) => (day ? names[new Date(this.first + 60000 * minute).getUTCDay()]
-      + ' ' : '') + this.clock(minute).slice(11, 16);
-    return say(a, true) + (z > a ? '–' + say(z, this.text(a).slice(0, 10)
-      !== this.text(z - 1).slice(0, 10)) : '');
+    return between(100 * share, 1, 0);
   }
   /* What is free in [a, z): of all steps that touch it, the one with the least. */
   free(a, z) {
     const closed = this.shut.find(([from, to]) => from < z && to > a);
     if (closed) return [`closed: ${closed[2]}`, true];
     const touched = this.steps.filter(([from], n) => from < z
-      && (n + 1 < this.steps.length ? this.steps[n + 1][0] : this.length) > a);
+      && (n + 1 < this.steps.length ? this.steps[n + 1][0] : length) > a);
     if (!this.caps.length) return [`${Math.max(0, ...touched.map(each => each[1]))} used`, false];
     const share = each => each[1] / (this.caps[each[2] || 0][0] || 1);
     const least = touched.reduce((one, other) => share(other) < share(one) ? other : one);
@@ -24458,15 +24442,21 @@ class Plot {
     return [least[1] > 0 ? `${least[1]} of ${most} ${unit}free` : 'full', least[1] <= 0];
   }
   say(a, z, words, bad) {
-    const box = this.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
-    read.textContent = `${this.span(a, z)} · ${words}`;
+    read.textContent = `${span(a, z)} · ${words}`;
     read.classList.toggle('no', bad);
-    put(read, box.left - home.left + this.part(a) * box.width, box.top - home.top + 14, true);
+    const {left, top} = this.corner(a);
+    put(read, left, top + 14, true);
+  }
+  /* Where on the board a minute of it is. */
+  corner(minute) {
+    const box = this.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
+    const left = box.left - home.left + part(minute) / 100 * box.width;
+    return {left, top: box.top - home.top, bottom: box.bottom - home.top};
   }
   draw(a, z, bad) {
     this.shade.classList.toggle('no', bad);
-    this.shade.setAttribute('x', `${100 * this.part(a)}%`);
-    this.shade.setAttribute('width', `${100 * (this.part(z) - this.part(a))}%`);
+    this.shade.setAttribute('x', `${part(a)}%`);
+    this.shade.setAttribute('width', `${part(z) - part(a)}%`);
   }
   show(a, z) {
     const [words, bad] = this.free(a, Math.max(z, a + 1));
@@ -24476,13 +24466,13 @@ class Plot {
   clear() { hide(read); this.draw(0, 0, false); }
 }
 const open = async (plot, a, z) => {
-  const chosen = {resource: plot.svg.dataset.resource, start: plot.text(a)};
-  if (z > a) chosen.end = plot.text(z);
+  const chosen = {resource: plot.svg.dataset.resource, start: text(a)};
+  if (z > a) chosen.end = text(z);
   const answer = await fetch('/book/small?' + new URLSearchParams(chosen)).catch(() => null);
   if (!answer || !answer.ok) return location.assign('/book?' + new URLSearchParams(chosen));
   pop.innerHTML = await answer.text();
-  const box = plot.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
-  put(pop, box.left - home.left + plot.part(a) * box.width, box.bottom - home.top);
+  const {left, bottom} = plot.corner(a);
+  put(pop, left, bottom);
   watch($('form', pop), $('.verdict', pop));
   $('[name=vms]', pop).focus();
 };
@@ -24496,9 +24486,9 @@ class Move {
     this.from = this.edge ? this.z : plot.at(event);
   }
   to(event) {
-    const by = this.plot.near(this.plot.at(event)) - this.plot.near(this.from);
+    const by = near(this.plot.at(event)) - near(this.from);
     const longer = this.edge || this.bar.dataset.runs;
-    const a = longer ? this.a : this.a + by, z = Math.max(this.z + by, a + this.plot.snap);
+    const a = longer ? this.a : this.a + by, z = Math.max(this.z + by, a + snap);
     if (this.start === a && this.end === z) return;
     [this.start, this.end, this.fits] = [a, z, false];
     this.bar.classList.add('ghost');
@@ -24509,7 +24499,7 @@ class Move {
   }
   async try(a, z) {
     const asked = {project: this.bar.dataset.project, occurrence: this.bar.dataset.occurrence,
-      start: this.plot.text(a), end: this.plot.text(z)};
+      start: text(a), end: text(z)};
     const path = `/r/${encodeURIComponent(this.bar.dataset.label)}/try?`;
     const answer = await fetch(path + new URLSearchParams(asked)).catch(() => null);
     if (!answer || a !== this.start || z !== this.end) return;
@@ -24524,9 +24514,8 @@ class Move {
     const form = $('#move'), said = this.bar.dataset;
     if (!this.fits) return this.end_();
     for (const [name, value] of Object.entries({label: said.label, project: said.project,
-      occurrence: said.occurrence, start: this.plot.text(this.start),
-      end: this.plot.text(this.end), was_start: this.plot.text(this.a),
-      was_end: this.plot.text(this.z)})) form.elements[name].value = value;
+      occurrence: said.occurrence, start: text(this.start), end: text(this.end),
+      was_start: text(this.a), was_end: text(this.z)})) form.elements[name].value = value;
     form.submit();
   }
   end_() { this.bar.classList.remove('ghost'); setTimeout(() => this.plot.clear(), 1500); }
@@ -24547,7 +24536,7 @@ for (const svg of $$('svg.plot')) {
   });
   const begin = event => {
     const bar = event.target.closest('a');
-    if (!bar) from = plot.near(plot.at(event));
+    if (!bar) from = near(plot.at(event));
     else if (bar.dataset.a) move = new Move(plot, bar, event);
   };
   svg.addEventListener('pointerdown', event => {
@@ -24568,7 +24557,7 @@ for (const svg of $$('svg.plot')) {
   }, {passive: false});
   svg.addEventListener('pointermove', event => {
     const here = plot.at(event);
-    if (move && (dragged || Math.abs(here - move.from) >= plot.snap)) {
+    if (move && (dragged || Math.abs(here - move.from) >= snap)) {
       dragged = true;
       hide(tip);
       svg.setPointerCapture(event.pointerId);
@@ -24576,10 +24565,10 @@ for (const svg of $$('svg.plot')) {
     }
     if (from === null)
       return event.target.closest('a') ? plot.clear() : plot.show(Math.floor(here), 0);
-    if (!dragged && plot.near(here) === from) return;
+    if (!dragged && near(here) === from) return;
     dragged = true;
     svg.setPointerCapture(event.pointerId);
-    plot.show(Math.min(from, plot.near(here)), Math.max(from, plot.near(here)));
+    plot.show(Math.min(from, near(here)), Math.max(from, near(here)));
   });
   const stop = () => {
     clearTimeout(press);
@@ -24588,7 +24577,7 @@ for (const svg of $$('svg.plot')) {
     plot.clear();
   };
   svg.addEventListener('pointerup', event => {
-    const here = plot.near(plot.at(event)), [one, moved] = [from, move];
+    const here = near(plot.at(event)), [one, moved] = [from, move];
     clearTimeout(press);
     from = move = null;
     if (moved && dragged) return moved.drop();
@@ -24605,7 +24594,7 @@ for (const svg of $$('svg.plot')) {
     const way = $(event.deltaY < 0 ? '#zoom-in' : '#zoom-out');
     if (!event.ctrlKey || !way) return;
     event.preventDefault();
-    location.assign(way.href.replace(/at=[^&]*/, 'at=' + plot.text(plot.at(event)).slice(0, 13)));
+    location.assign(way.href.replace(/at=[^&]*/, 'at=' + text(plot.at(event)).slice(0, 13)));
   }, {passive: false});
   /* One tab stop a row; arrows go from bar to bar. */
   const bars = $$('a.b', svg);
@@ -24624,9 +24613,9 @@ for (const svg of $$('svg.plot')) {
     });
   });
 }
-if (board && $('line.now')) {
-  const line = $('line.now').getBoundingClientRect();
-  board.parentNode.scrollLeft = line.left - board.getBoundingClientRect().left - 400;
+if ($('line.now')) {
+  const now = $('line.now').getBoundingClientRect();
+  board.parentNode.scrollLeft = now.left - board.getBoundingClientRect().left - 400;
 }
 
 /* What is live is loaded again and again. */
@@ -24900,7 +24889,9 @@ href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</
 <span>{{day.name[:3]}}</span><b>{{day.number}}</b>{{!gauge(day.share)}}</a>
 % end
 </nav>
-<section class="plan card" aria-label="Plan" tabindex="0"><div class="board">
+<section class="plan card" aria-label="Plan" tabindex="0"><div class="board"
+data-first="{{span.first.isoformat(timespec='minutes')}}" data-length="{{span.length}}"
+data-axis="{{in_json(span.axis)}}" data-snap="{{SNAPS[view]}}">
 <div class="head"><div class="corner">{{corner}}</div>
 <svg width="100%" height="46" role="group" aria-label="Days and hours"><defs><g id="ground">
 {{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
@@ -24929,7 +24920,7 @@ text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 <p><b>{{row.now}}</b> {{row.unit}} now</p>{{!gauge(row.share)}}
 % name = visit.writes and row.name
 {{!when('<a href="/book?resource={0}">Book<span class="off"> on {0}</span></a>', name)}}</div>
-{{!visit.render('row', row=row, line=span, now=now, snap=snap[view])}}</div>
+{{!visit.render('row', row=row, line=span, now=now)}}</div>
 % end
 % end
 <div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
@@ -24968,10 +24959,9 @@ Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has
 </p>
 ''', 'row': '''
 <svg class="plot" height="{{row.height}}" role="group" aria-label="{{row.name}}: {{row.summary}}"
-data-resource="{{row.name}}" data-first="{{line.first.isoformat(timespec='minutes')}}"
-data-length="{{line.length}}" data-thin="{{line.thin}}" data-snap="{{snap}}"
-{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
-data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
+data-resource="{{row.name}}"{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}"
+data-steps="{{row.steps}}" data-shut="{{row.shut}}"><use href="#ground" height="100%"/>
+<g class="use">
 {{!many('<rect x="{}%" width="{}%" y="{}" height="{}" class="h{}"/>', row.used)}}
 {{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and line.view != 'month')}}
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
@@ -25582,26 +25572,30 @@ class TimeLine:
     """
 
     def __init__(self, view: str, at: datetime, zone: ZoneInfo):
-        self.view, self.zone, self.thin = view, zone, NIGHT if view == 'week' else 1
+        self.view, self.zone = view, zone
         self.first, self.after = span_of_view(view, at)
         self.begin, self.end = (int(from_wall(each, zone).timestamp())
                                 for each in (self.first, self.after))
         self.window = instant(self.begin), instant(self.end)
         self.length = int((self.after - self.first).total_seconds() // 60)
-        self.dawn = (self.first - at_midnight(self.first)).total_seconds() / 60
-        self.all = self.run(self.length) - self.run(0)
+        self.axis = self.evenly()
 
-    def run(self, minute: float) -> float:
-        """How far a minute is from a midnight, in minutes by day; by night time runs quicker."""
-        day, rest = divmod(minute + self.dawn, 1440)
-        light = max(0, min(rest, DUSK) - DAWN)
-        whole = DUSK - DAWN + self.thin * (1440 - DUSK + DAWN)
-        return day * whole + light + self.thin * (rest - light)
+    def evenly(self) -> list[tuple[int, float]]:
+        """The minutes between which time runs evenly, each with where it is, in percent."""
+        turns = [day + at for day in range(0, self.length, 1440) for at in (DAWN, DUSK)]
+        edges = [0, *(turns if self.view == 'week' else ()), self.length]
+        widths = [after - at if DAWN <= at % 1440 < DUSK else (after - at) * NIGHT
+                  for at, after in itertools.pairwise(edges)]
+        whole = sum(widths)
+        return [(edge, 100 * far / whole)
+                for edge, far in zip(edges, itertools.accumulate(widths, initial=0))]
 
     def x(self, minute: float) -> float:
         """Where a minute is, in percent."""
         minute = max(0, min(self.length, minute))
-        return round(100 * (self.run(minute) - self.run(0)) / self.all, 2)
+        n = bisect_right(self.axis, minute, 1, len(self.axis) - 1, key=operator.itemgetter(0))
+        (begin, left), (end, right) = self.axis[n - 1:n + 1]
+        return round(left + (right - left) * (minute - begin) / (end - begin), 2)
 
     def minute(self, seconds: float) -> float:
         """The minute of an instant."""
@@ -25636,7 +25630,8 @@ class TimeLine:
         shades = [('this-day' if each.today else 'off-day', each.x, each.width) for each in days
                   if self.view in ('week', 'month')
                   and (each.today or each.name in ('Sat', 'Sun'))]
-        midnights = range(-int(self.dawn), self.length, 1440) if self.view != 'month' else ()
+        before = -60 * self.first.hour
+        midnights = range(before, self.length, 1440) if self.view != 'month' else ()
         nights = [self.extent(day + first, day + last) for day in midnights
                   for first, last in ((0, DAWN), (DUSK, 1440))]
         return shades + [('off-day', *each) for each in nights if each[1]]
@@ -26786,8 +26781,8 @@ class PlanPage(Visit):
             middle=f'{middle:%Y-%m-%dT%H}', groups=groups.items(),
             days=drawing.with_shares(sum(groups.values(), [])),
             grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
-            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
-            legend=legend, most=most if len(found) > most else 0, **values)
+            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), SNAPS=SNAPS,
+            legend=legend, most=most if len(found) > most else 0, in_json=in_json, **values)
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
