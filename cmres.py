@@ -24139,9 +24139,8 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .reserved, .waiting, .pending { color: var(--blue) }
 .starting, .active, .ending { color: var(--green) } .degraded { color: var(--amber-ink) }
 .failed { color: var(--rust) } .ended, .cancelled { color: var(--soft) }
-.note, .refused { padding: 12px 16px; border-radius: 8px; border-left: 5px solid var(--green);
-  background: var(--green-wash) }
-.refused { border-color: var(--rust); background: var(--rust-wash) }
+.refused { padding: 12px 16px; border-radius: 8px; border-left: 5px solid var(--rust);
+  background: var(--rust-wash) }
 .refused:focus { outline: 3px solid var(--rust) } .refused .offers { margin-top: 8px }
 /* plan */
 .strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
@@ -24159,7 +24158,7 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .corner { padding: 8px 16px; align-self: end; font-size: var(--t1); color: var(--soft) }
 .cloud { padding: 6px 16px; background: var(--sunk); font-size: var(--t2); font-weight: 600;
   color: var(--soft); border-bottom: 1px solid var(--line) }
-.res { border-bottom: 1px solid var(--line) } .res:last-child { border-bottom: 0 }
+.res { border-bottom: 1px solid var(--line) }
 .who { padding: 8px 8px 8px 16px; border-right: 1px solid var(--line); font-size: var(--t2);
   color: var(--soft); min-width: 0 } .who h3, .who b { color: var(--text) }
 .who p { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
@@ -24179,29 +24178,25 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .plot .m4, .plot .m5 { fill: var(--card); font-weight: 700 }
 .plot g, .plot > rect, .plot > line, .plot > text, .plot > use { pointer-events: none }
 .plot a { pointer-events: all; cursor: pointer } .plot a:focus-visible { outline: none }
-.plot .more text { fill: var(--accent); font-weight: 600 } .b { color: var(--card) }
-.b rect { fill: var(--blue); stroke: var(--blue); stroke-width: 1.5 }
+.plot .more text { fill: var(--accent); font-weight: 600 }
+.b rect { fill: currentColor; stroke: currentColor; stroke-width: 1.5 }
 .plot .b text { fill: currentColor; font-weight: 600 }
 .plot .b .out, .plot .shut-t, .use text:not(.m) { paint-order: stroke; stroke: var(--card);
   stroke-width: 3px; stroke-linejoin: round }
-.plot .b .out { fill: var(--text); font-weight: 500 } .b .sign { pointer-events: none }
-.b.active rect, .b.starting rect, .b.ending rect { fill: var(--green); stroke: var(--green) }
+.plot .b .out { fill: var(--text); font-weight: 500 }
+.b .sign { pointer-events: none; color: var(--card) }
 .b.starting .x { fill: url(#stripes); stroke: none } .b.ending rect { fill: var(--green-wash) }
-.b.ending { color: var(--green) }
-.b.degraded rect { fill: var(--amber); stroke: var(--amber-ink) } .b.degraded { color: #2e1f00 }
-.b.failed rect { fill: var(--rust); stroke: var(--rust) }
-.b.waiting, .b.pending { color: var(--blue) }
-.b.waiting rect, .b.pending rect { fill: var(--card); stroke-dasharray: 5 3 }
+.b.degraded rect { fill: var(--amber) } .b.degraded .sign { color: #2e1f00 }
+.b:is(.ending, .waiting, .pending, .ended) .sign { color: inherit }
+.b:is(.waiting, .pending, .ended) rect { fill: var(--card) }
+.b.waiting rect { stroke-dasharray: 5 3 }
 .b.pending rect { stroke-dasharray: 1.5 3; stroke-linecap: round; stroke-width: 2.5 }
-.b.ended { color: var(--soft) }
-.b.ended rect { fill: var(--card); stroke: var(--edge); stroke-width: 1 }
-.b.other { color: var(--on-grey) }
-.b.other rect { fill: var(--grey); stroke: var(--grey) }
+.b.ended rect { stroke: var(--edge); stroke-width: 1 }
+.b.other { color: var(--grey) } .b.other .sign { color: var(--on-grey) }
 .b:hover rect { filter: brightness(1.12) }
 .b:focus-visible rect:first-of-type { stroke: var(--text); stroke-width: 3;
   stroke-dasharray: none }
-.b.no rect { fill: var(--rust); stroke: var(--rust) } .ghost { opacity: .35 }
-.shut { fill: url(#hatch) }
+.ghost { opacity: .35 } .shut { fill: url(#hatch) }
 .plot .shut-t { fill: var(--rust); font-weight: 600 }
 .hatch { stroke: var(--rust); opacity: .35; stroke-width: 2 }
 .lines { stroke: var(--card); stroke-width: 3; opacity: .45 }
@@ -24943,7 +24938,7 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 <ul class="legend">
 % for state, words in legend:
 <li><svg class="sw b {{state}}" aria-hidden="true"><rect x="1" y="1" width="24" height="14" rx="3"/>
-<use href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
+<use class="sign" href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
 % for n in range(5):
