@@ -24492,11 +24492,15 @@ class Move {
     this.timer = setTimeout(() => { this.trial = this.try(a, z); }, 100);
     this.plot.say(a, z, '…', false);
   }
+  /* What it is asked to be, and was: what is the same is left alone. */
+  fields() {
+    const {label, project, occurrence} = this.bar.dataset;
+    return {label, project, occurrence, start: text(this.start), end: text(this.end),
+      was_start: text(this.a), was_end: text(this.z)};
+  }
   async try(a, z) {
-    const asked = {project: this.bar.dataset.project, occurrence: this.bar.dataset.occurrence,
-      start: text(a), end: text(z)};
     const path = `/r/${encodeURIComponent(this.bar.dataset.label)}/try?`;
-    const answer = await fetch(path + new URLSearchParams(asked)).catch(() => null);
+    const answer = await fetch(path + new URLSearchParams(this.fields())).catch(() => null);
     if (!answer || a !== this.start || z !== this.end) return;
     const words = await answer.text();
     this.fits = answer.ok && words.startsWith('fits');
@@ -24506,11 +24510,9 @@ class Move {
   async drop() {
     clearTimeout(this.timer);
     await this.try(this.start, this.end);
-    const form = $('#move'), said = this.bar.dataset;
     if (!this.fits) return this.end_();
-    for (const [name, value] of Object.entries({label: said.label, project: said.project,
-      occurrence: said.occurrence, start: text(this.start), end: text(this.end),
-      was_start: text(this.a), was_end: text(this.z)})) form.elements[name].value = value;
+    const form = $('#move');
+    for (const [name, value] of Object.entries(this.fields())) form.elements[name].value = value;
     form.submit();
   }
   end_() { this.bar.classList.remove('ghost'); setTimeout(() => this.plot.clear(), 1500); }

@@ -22440,6 +22440,24 @@ def test_in_a_browser_ones_own_bar_is_dragged_tried_and_taken_back(world, browse
     assert world.service.show('lab')['end'] == NOON + hours(25)
 
 
+def test_in_a_browser_what_runs_is_made_longer_by_its_end_whatever_second_it_began(world, browse):
+    from playwright.sync_api import expect
+    start = NOON + timedelta(seconds=55)
+    world.as_user().add('lab', 'demo', start, start + hours(4), flavor='m1.small', image='cirros')
+    world.at(0.02), world.at(0.1)
+    page = browse()
+    signs_in(world, page)
+    bar = page.locator('a.b[data-a] rect').first.bounding_box()
+    page.mouse.move(bar['x'] + bar['width'] - 2, bar['y'] + 10)
+    page.mouse.down()
+    page.mouse.move(bar['x'] + bar['width'] + 20, bar['y'] + 10, steps=5)
+    expect(page.locator('.read')).to_contain_text('fits, 15 VMs free')
+    with page.expect_navigation():
+        page.mouse.up()
+    found = world.service.show('lab')
+    assert found['start'] == start and found['end'] > start + hours(4)
+
+
 def test_in_a_browser_a_finger_that_rests_drags_and_one_that_moves_scrolls(world, browse):
     from playwright.sync_api import expect
     book(world.as_user(), start=24 - 2, end=24 + 4, vms=8)  # Wed 2 Dec, 10 to 16
