@@ -23842,7 +23842,7 @@ def uninviting(service: Reservations) -> Callable:
 
 CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
 NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from|on)\b|$)'
-#: Parts that a word begins, in the order in which they are taken out of the line.
+#: Parts that words begin or end.
 PHRASES = {name: Pattern(pattern) for name, pattern in {
     'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
     'skip_dates': rf'\b(?:not|except|without)(?: on)? (.+?){NEXT_WORD}',
@@ -23884,10 +23884,9 @@ class QuickLine:
 
     def read(self) -> None:
         """Reads it part by part; what is left has not been understood."""
-        first, last = ('label', 'skip_dates'), ('span', 'at')
-        self.take(*first)
+        self.take('label', 'skip_dates')
         self.read_repeat()
-        self.take(*(name for name in PHRASES if name not in first + last), 'span')
+        self.take('until', 'before', 'count', 'anywhere', 'hold', 'long', 'now', 'span')
         if 'span' not in self.said:
             self.take('at')
         self.read_dates()
@@ -25735,13 +25734,13 @@ def day_parts(levels: list[Level], line: TimeLine) -> Iterator[tuple[int, Level,
             yield day, each, (min(after, 1440 * day + 1440) - max(each.at, 1440 * day)) / 1440
 
 
-def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
+def drawn_use(levels: list[Level], line: TimeLine) -> list[tuple]:
     """The levels as shapes, as high and dark as it is full: x, width, y, height, level."""
     shapes = []
     for each, after in lasting(levels, line):
         x, width = line.extent(each.at, after)
         level = math.ceil(5 * each.share)
-        if month and not each.closed:
+        if line.view == 'month' and not each.closed:
             shapes.append((x, round(width - .12, 2), 8, 26, level))
         elif level and width and not each.closed:
             high = max(round(28 * each.share), 2)
@@ -25863,7 +25862,7 @@ class Drawing:
                               levels=levels, bars=bars, more=more, height=height,
                               caps=json.dumps(caps), **self.free_now(place, most, caps, levels))
         row.holds = (names or 'no limit') + ' · approval' * bool(place.approval)
-        row.used = drawn_use(levels, line, month)
+        row.used = drawn_use(levels, line)
         row.steps = in_json([round(each.at), each.free, each.unit] for each in levels)
         row.shut = in_json([round(first), round(last), words] for first, last, words in changes)
         row.figures = [each for each in drawn_figures(levels, line, self.now, row.limited)
@@ -26012,6 +26011,11 @@ def local(href: str | None) -> str:
     return href if href and re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', href) else '/'
 
 
+def which_of(given: dict) -> dict:
+    """What says of which reservations of a label an address or a form is."""
+    return {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
+
+
 def lines_of(answer) -> list[dict]:
     """The reservations of which an answer tells."""
     return answer.get('parts', [answer]) if isinstance(answer, dict) else answer
@@ -26116,8 +26120,8 @@ class Visit:
     def shown_of(self, label: str, given: dict) -> dict:
         """What `show` answers of the reservation, or the occurrence, that a form or address names.
         """
-        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        return self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
+        asked = which_of(given) | {'label': label}
+        return self.service.show(**bind(API['show'], asked, self.here))
 
     def page(self, title: str, body: str, status: int = 0, headed: bool = True):
         """A whole page, under its title if it has no heading; says what the last form did."""
@@ -26395,11 +26399,11 @@ class CloudNames:
         names, why = {'flavor': [], 'image': []}, ''
         try:
             cloud = self.clouds.open(account)
-            for kind in names:
-                names[kind] = sorted(self.told(each) for each in cloud.things(kind)
-                                     if each.name and sight.shows(kind, each))[:500]
+            names = {kind: sorted(self.told(each) for each in cloud.things(kind)
+                                  if each.name and sight.shows(kind, each))[:500]
+                     for kind in names}
         except CloudError as error:
-            names, why = {'flavor': [], 'image': []}, str(error)
+            why = str(error)
         self.found[account, sight] = time.monotonic() + (10 if why else 60), (names, why)
 
     @staticmethod
@@ -27087,10 +27091,10 @@ class BookForm(Visit):
         if 'parts' in found:
             raise Conflict(f"'{label}' has several parts. Change them one by one.")
         self.found, self.was = found, self.stored_fields(found)
-        which = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        self.about = f'Change {label}', f'/r/{quote(label)}/change', f'?{urlencode(which)}'
+        href, which = f'/r/{quote(label)}/change', f'?{urlencode(which_of(given))}'
+        self.about = f'Change {label}', href, which
         self.only = WHILE_RUNNING if found['state'] in RUNNING else (
-            OF_ONE if 'occurrence' in which else ())
+            OF_ONE if given.get('occurrence') else ())
 
     def book(self, given: dict):
         """The form, filled in with what was typed or clicked on, and whether that fits."""
@@ -27286,8 +27290,8 @@ class BookForm(Visit):
             occurrence = to_plain(found['start'])
         if 'end' in said and 'start' not in said:  # a bare clock comes after the start
             said['end'] = to_plain(parse_end(said['end'], found['start'], self.here))
-        asked = {'label': found['label'], 'project': found['project'], 'occurrence': occurrence}
-        return said | {name: value for name, value in asked.items() if value}
+        which = which_of({'project': found['project'], 'occurrence': occurrence})
+        return said | which | {'label': found['label']}
 
     def call(self, said: dict, dry_run: bool = False) -> dict:
         """What booking or changing answers."""
@@ -27526,16 +27530,17 @@ class Admin(Visit):
             return self.admin({})
         because = {'reason': reason} if name == 'reject' else {}
         puts_off = {'dry_run': True} if name in PUT_OFF and self.config.undo_time else {}
-        done, refused, undo = [], [], ('', 0)
+        done, about, refused, undo = [], {}, [], ('', 0)
         for label, project in picked:
             asked = {'label': label, 'project': project} | because
             try:
-                getattr(self.service, name)(**asked, **puts_off)
+                answer = getattr(self.service, name)(**asked, **puts_off)
+                about |= {(each['label'], project, 0): name for each in lines_of(answer)}
                 done.append((name, asked))
             except Error as error:
                 refused.append(f'{label}: {error}')
         if puts_off and done:
-            undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done])
+            undo = self.later(done, [*about])
         words = f"{counted(len(done), 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
 
@@ -27797,26 +27802,29 @@ class Admin(Visit):
                                                      (typed[0], said[typed[0]])))
 
 
-#: The address of each page, and which method of which class shows it; which of them are for people
-#: who have signed in.
-ROUTES = {
-    PlanPage: ({'GET /': 'plan'}, True),
-    Lists: ({'GET /list': 'list', 'GET /r/<label>': 'reservation', 'GET /r/<label>/live': 'live',
-             'POST /r/<label>/share': 'share', 'GET /notices': 'notices',
-             'POST /notices': 'mark_read', 'GET /docs': 'docs'}, True),
-    BookForm: ({'GET /book': 'book', 'POST /book': 'send', 'GET /book/check': 'check',
-               'GET /book/small': 'small', 'GET /r/<label>/change': 'change',
-               'POST /r/<label>/change': 'send', 'GET /r/<label>/try': 'try_change',
-               'GET /r/<label>/change/check': 'check'}, True),
-    Admin: ({'GET /admin': 'admin', 'GET /admin/use': 'used_page', 'GET /admin/<tab>': 'admin',
-             'POST /admin/decide': 'decide', 'POST /admin/people': 'make_tokens',
-             'GET /tokens': 'tokens', 'POST /do/<name>': 'do', 'POST /undo': 'undo'}, True),
-    SignIn: ({'GET /sign-in': 'ask', 'POST /sign-in': 'by_token',
-              'POST /sign-in/keystone': 'at_keystone', 'GET /sign-in/oidc/begin': 'begin_oidc',
-              'GET /sign-in/oidc': 'end_oidc', 'POST /sign-out': 'sign_out',
-              'POST /zone': 'choose_zone'}, False),
-    type('Shared', (Lists,), {}): ({'GET /s/<secret>': 'shared',
-                                    'GET /s/<secret>/live': 'shared_live'}, False)}
+#: Which methods of a class show the pages of which addresses, and whether these are for people who
+#: have signed in.
+ROUTES = [
+    (PlanPage, True, {'GET /': 'plan'}),
+    (Lists, True, {
+        'GET /list': 'list', 'GET /r/<label>': 'reservation', 'GET /r/<label>/live': 'live',
+        'POST /r/<label>/share': 'share', 'GET /notices': 'notices', 'POST /notices': 'mark_read',
+        'GET /docs': 'docs'}),
+    (Lists, False, {'GET /s/<secret>': 'shared', 'GET /s/<secret>/live': 'shared_live'}),
+    (BookForm, True, {
+        'GET /book': 'book', 'POST /book': 'send', 'GET /book/check': 'check',
+        'GET /book/small': 'small', 'GET /r/<label>/change': 'change',
+        'POST /r/<label>/change': 'send', 'GET /r/<label>/try': 'try_change',
+        'GET /r/<label>/change/check': 'check'}),
+    (Admin, True, {
+        'GET /admin': 'admin', 'GET /admin/use': 'used_page', 'GET /admin/<tab>': 'admin',
+        'POST /admin/decide': 'decide', 'POST /admin/people': 'make_tokens',
+        'GET /tokens': 'tokens', 'POST /do/<name>': 'do', 'POST /undo': 'undo'}),
+    (SignIn, False, {
+        'GET /sign-in': 'ask', 'POST /sign-in': 'by_token',
+        'POST /sign-in/keystone': 'at_keystone', 'GET /sign-in/oidc/begin': 'begin_oidc',
+        'GET /sign-in/oidc': 'end_oidc', 'POST /sign-out': 'sign_out',
+        'POST /zone': 'choose_zone'})]
 
 
 def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
@@ -27955,7 +27963,7 @@ def kind_told(schema: dict) -> str:
 
 def mount_pages(pages: Pages, app) -> None:
     """Gives an application the addresses of all pages."""
-    for kind, (handlers, signed_in) in ROUTES.items():
+    for kind, signed_in, handlers in ROUTES:
         for address, name in handlers.items():
             verb, path = address.split()
             app.route(path, verb, pages.visited(kind, name, signed_in))

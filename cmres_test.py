@@ -21909,7 +21909,7 @@ def test_the_form_of_one_occurrence_changes_that_one_or_also_those_after_it(worl
 def test_what_looks_the_same_is_drawn_once():
     line = cmres.TimeLine('week', NOON, zoneinfo.ZoneInfo('UTC'))
     levels = [cmres.Level(60 * n, share, 9, 0, False) for n, share in enumerate((0.5, 0.501, 0.502, 0, 0.5, 0.9))]
-    shapes = cmres.drawn_use(levels, line, False)
+    shapes = cmres.drawn_use(levels, line)
     assert [(height, level) for *_, height, level in shapes] == [(14, 3), (14, 3), (25, 5)]
     assert shapes[0][:2] == line.extent(0, 180)
 
