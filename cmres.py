@@ -26162,9 +26162,10 @@ class Visit:
         """Leads on after a form; the next page says what was done, and offers to undo it."""
         made = answered('', 303, {'Location': href})
         if words:
-            note = {'words': words[:800], 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
-            self.set_cookie(made, 'note', quote(self.pages.signed('note', json.dumps(note)),
-                                                safe=''), 60)
+            words = words.encode()[:800].decode(errors='ignore')  # no browser keeps a long cookie
+            note = {'words': words, 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
+            text = json.dumps(note, ensure_ascii=False)
+            self.set_cookie(made, 'note', quote(self.pages.signed('note', text), safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int, **more) -> None:
