@@ -27829,11 +27829,10 @@ ROUTES = [
 
 
 def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
-    """What a form asks for: not what it has shown and nobody has changed."""
+    """What a form asks for: not what it has shown, which is nothing where it does not say so."""
     zone = {'tz': visit.zone.key} if 'tz' in operation.parameters else {}
     return zone | {name: value for name, value in said.items()
-                   if value != '' and not name.startswith('was_')
-                   and said.get(f'was_{name}') != value}
+                   if not name.startswith('was_') and value != said.get(f'was_{name}', '')}
 
 
 def told_done(name: str, said: dict, answer) -> str:
