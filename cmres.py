@@ -27837,15 +27837,15 @@ def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
-    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user', 'cloud')
-                  if said.get(key)), '')
+    about = next((f"'{said[key]}'" for key in ('rename', 'label', 'name', 'id', 'user', 'cloud',
+                                               'resource', 'project') if said.get(key)), 'It')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     warned = [each for line in answer for each in line.get('warnings', ())
               ] if name == 'delete' else []
     done = 'has the occurrence again' if said.get('undo') else (
         ACTS[name].done if name in ACTS else 'is done')
-    return '; '.join([f"'{about}' {done}", *warned]) + (f'; it affects {told}' if hit else '')
+    return '; '.join([f'{about} {done}', *warned]) + (f'; it affects {told}' if hit else '')
 
 
 def what_starts(visit: Visit, found: dict) -> str:
