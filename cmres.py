@@ -24488,7 +24488,7 @@ class Move {
     this.bar.classList.add('ghost');
     this.plot.draw(a, z, false);
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => { this.trial = this.try(a, z); }, 100);
+    this.timer = setTimeout(() => this.try(a, z), 100);
     this.plot.say(a, z, '…', false);
   }
   /* What it is asked to be, and was: what is the same is left alone. */
@@ -27693,21 +27693,26 @@ class Admin(Visit):
         if once and once in self.pages.sent:  # loading the answer again would make another secret
             raise Conflict('This form was sent already, and what it made cannot be shown again. '
                            'Go back to the form.')
-        puts_off = name in PUT_OFF and self.config.undo_time and said.get('label') and not (
-            said.get('dry_run') or said.get('undo'))
-        tried = {'dry_run': True} if checks or puts_off else {}
+        tried = {'dry_run': True} if checks or self.puts_off(name, said) else {}
         try:
             answer = getattr(self.service, name)(**bind(operation, asked | tried, self.here))
         except Error as error:
             return self.refused(name, said, error, onward)
         if checks:
             return self.show_affected(name, said, answer)
-        undo = ('', 0)
-        if puts_off:
-            undo = self.put_off(name, said, asked, answer)
-        elif name in ('update', 'extend', 'keep'):
-            undo = self.way_back(answer)
+        undo = self.undo_of(name, said, asked, answer)
         return self.tell_done(onward, told_done(name, asked, answer), undo, answer, once)
+
+    def puts_off(self, name: str, said: dict) -> bool:
+        """Whether what a form asks for is done only when it can't be taken back any more."""
+        at_once = said.get('dry_run') or said.get('undo') or not said.get('label')
+        return bool(name in PUT_OFF and self.config.undo_time and not at_once)
+
+    def undo_of(self, name: str, said: dict, asked: dict, answer) -> tuple[str, float]:
+        """What takes back what a form asks for, and for how long; what is put off, is so now."""
+        if self.puts_off(name, said):
+            return self.put_off(name, said, asked, answer)
+        return self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
 
     def show_affected(self, name: str, said: dict, answer: dict):
         """The form of a maintenance again, with whom it would affect."""

@@ -21043,6 +21043,40 @@ def test_of_two_requests_of_one_name_the_one_that_is_selected_is_decided(world):
     assert [user.list()[0]['state'] for user in users] == ['reserved', 'reserved']
 
 
+def test_what_a_form_has_made_is_named(world):
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    for fields, said in (({'project': 'biology'}, "'biology' is set"), ({}, 'It is set'), ({'resource': 'demo'}, "'demo' is set")):
+        form = form_of(visitor.get('/admin/people'), '/do/limit_add')
+        for name, value in (fields | {'max_vms': '3'}).items():
+            form[name] = value
+        assert form.submit(status=303).follow().html.select('.toast')[0].text.strip() == said
+
+
+def test_what_an_operator_empties_is_empty_then_or_refused_in_words(world):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, default_image='cirros', default_flavor='m1.tiny')
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin/resources?edit=gpu'), '/do/resource_update')
+    form['default_image'], form['default_flavor'] = '', ''
+    form.submit(status=303)
+    found = world.service.resource_list()[-1]
+    assert (found['name'], found['default_image'], found['vms']) == ('gpu', '', 4)
+    form['vms'] = ''
+    assert 'VMs: ' in form.submit(status=400).html.select('.refused')[0].text and world.service.resource_list()[-1]['vms'] == 4
+
+
+def test_what_was_done_is_told_in_any_language_within_what_browsers_keep(world):
+    world.service.resource_add('wide', vms=99)
+    for n in range(20):
+        book(world.as_user('й' * 90), f'hit-{n}', start=100, end=101, resource='wide')
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin/maintenance'), '/do/maintenance_add')
+    form['resource'], form['start'], form['end'], form['affected'] = 'wide', '2026-12-05T10:00', '+24h', 'cancel'
+    answer = form.submit(status=303)
+    assert len(answer.headers['Set-Cookie']) < 4000
+    told = answer.follow().html.select('.toast')[0].text
+    assert re.search(r"'wide' is planned; it affects hit-\d+ of йй", told), told
+
+
 def test_what_waits_for_a_word_can_get_it_on_the_page(world):
     book(world.service, 'full', vms=16)
     book(world.as_user(), wait=True, confirm=timedelta(minutes=30))
