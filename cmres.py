@@ -24388,7 +24388,6 @@ if ($('form.booking')) watch($('form.booking'), $('#verdict'));
 
 /* The time line. Its times are minutes on the clocks of the person's zone. */
 const board = $('.board'), tip = $('.tip:not(.read)'), read = $('.read'), pop = $('.pop');
-const names = ['Sun', 'Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat'];
 const line = board ? board.dataset : {}, axis = JSON.parse(line.axis || '[]');
 const first = Date.parse(line.first + 'Z'), length = +line.length, snap = +line.snap;
 /* Where a minute is, in percent (from 0 to 1), or which minute is there (from 1 to 0). */
@@ -24401,10 +24400,12 @@ const part = minute => between(minute, 0, 1);
 const near = minute => Math.max(0, Math.min(length, Math.round(minute / snap) * snap));
 const clock = minute => new Date(first + 60000 * minute).toISOString();
 const text = minute => clock(minute).slice(0, 16);
-const told_at = (minute, day) => (day ? names[new Date(clock(minute)).getUTCDay()] + ' ' : '')
-  + clock(minute).slice(11, 16);
-const span = (a, z) => told_at(a, true)
-  + (z > a ? '–' + told_at(z, text(a).slice(0, 10) !== text(z - 1).slice(0, 10)) : '');
+const time = minute => clock(minute).slice(11, 16);
+const day_time = minute => `${new Date(clock(minute)).toUTCString().slice(0, 3)} ${time(minute)}`;
+const span = (a, z) => {
+  const is_one_day = text(a).slice(0, 10) === text(z - 1).slice(0, 10);
+  return day_time(a) + (z > a ? '–' + (is_one_day ? time : day_time)(z) : '');
+};
 const put = (box, x, y, above) => {
   box.hidden = false;
   const most = board.clientWidth - box.offsetWidth - 8;
@@ -26880,7 +26881,7 @@ class Lists(Visit):
     def reservation(self, label: str, given: dict):
         """All of one reservation; what is live in it is loaded again and again."""
         try:
-            found, live, occurrence = self.one(label, given)
+            found, live = self.one(label, given)
         except Conflict:  # it is in several projects
             found = {'parts': self.service.list(label)}
         if 'parts' in found:
@@ -26888,8 +26889,8 @@ class Lists(Visit):
             whole = [self.act(each, {'label': label, 'project': project}, True)
                      for each in ('extend', 'delete')] if 'label' in found and self.writes else []
             return self.page(label, self.listed(found['parts'], given) + ''.join(whole))
-        query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
-        href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
+        which = which_of(given | {'project': found['project']})
+        href, query = f'/r/{quote(label)}', f'?{urlencode(which)}'
         changes = found['state'] not in (*OVER, 'ending') and self.writes
         return self.page(label, self.render(
             'reservation', label=label, live=live, href=f'{href}/live{query}',
@@ -26900,11 +26901,11 @@ class Lists(Visit):
         """What is live of a reservation's page, if it is another than the browser has."""
         return self.unless_same(self.one(label, given)[1])
 
-    def one(self, label: str, given: dict) -> tuple[dict, str, str]:
-        """A reservation, its live part, and the occurrence that was asked for."""
+    def one(self, label: str, given: dict) -> tuple[dict, str]:
+        """A reservation, and its live part."""
         found = self.shown_of(label, given)
         if 'parts' in found:
-            return found, '', ''
+            return found, ''
         found, occurrence = self.as_left(found), given.get('occurrence', '')
         events = self.service.events(label, found['project'], limit=50)[::-1]
         acts = [self.act(each, found, True, occurrence * (each in ('extend', 'skip', 'delete')))
@@ -26920,7 +26921,7 @@ class Lists(Visit):
             starts=what_starts(self, found), track=track_of(self, found),
             ready=f"{up} of {found['vms']} ready" if counts else '',
             facts=facts((name, self.shown(value)) for name, value in told if value),
-            occurrences=self.occurrences(found)), occurrence
+            occurrences=self.occurrences(found))
 
     def vms(self, found: dict) -> list[dict]:
         """The VMs of a reservation, each with how to log in and when it was ready."""
@@ -26937,7 +26938,8 @@ class Lists(Visit):
             'SELECT o.id, o.start FROM occurrence o JOIN occurrence one '
             'ON one.reservation_id = o.reservation_id WHERE one.id = ? AND o."end" > ?',
             found['id'], int(self.service.clock()))} if coming else {}
-        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
+        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]
+                 if each['start'] in ids]  # nobody has moved it meanwhile
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
         more = f'<p class="soft">and {len(coming) - 60} more</p>' if len(coming) > 60 else ''
@@ -27218,19 +27220,23 @@ class BookForm(Visit):
             line = QuickLine(text, self.here, {'resource': places} | offered)
         except ValueError as error:
             raise Invalid(str(error)) from None
-        said |= {'resource': where} | {name: value for name, value in line.fields.items()
-                                       if name in said}
-        said = self.timed(said, line.start, line.end)
-        if place := self.place(where):
-            said |= usual_of(place, line.fields)
-        if said['image'] and not said['flavor'] and names['flavor']:
-            flavors = [name for name, _ in names['flavor']]
-            said['flavor'] = next((name for name in flavors if 'small' in name), flavors[0])
-        if not said['image'] and not names['image']:
-            said['what'] = 'hold'
+        said = self.meant(line, said | {'resource': where}, offered)
         others = [] if 'resource' in line.fields else places[:MOST_RESOURCES_TRIED]
-        return line, max((said | {'resource': each} for each in others), default=said,
-                         key=lambda each: [*LOOKS, ''].index(self.tried(each).kind) * -1)
+        return line, min((said | {'resource': each} for each in others), default=said,
+                         key=lambda each: [*LOOKS, ''].index(self.tried(each).kind))
+
+    def meant(self, line: QuickLine, said: dict, offered: dict[str, list[str]]) -> dict:
+        """The form that a line stands for, with what is usual where it says nothing."""
+        said |= {name: value for name, value in line.fields.items() if name in said}
+        said = self.timed(said, line.start, line.end)
+        if place := self.place(said['resource']):
+            said |= usual_of(place, line.fields)
+        flavors = offered['flavor']
+        if said['image'] and not said['flavor'] and flavors:
+            said['flavor'] = next((name for name in flavors if 'small' in name), flavors[0])
+        if not said['image'] and not offered['image']:
+            said['what'] = 'hold'
+        return said
 
     def understood(self, line: QuickLine) -> list[tuple[str, str, str]]:
         """What was understood of a line, part by part, and what was not: a class, a name, words."""
@@ -27531,19 +27537,24 @@ class Admin(Visit):
             return self.admin({})
         because = {'reason': reason} if name == 'reject' else {}
         puts_off = {'dry_run': True} if name in PUT_OFF and self.config.undo_time else {}
-        done, about, refused, undo = [], {}, [], ('', 0)
-        for label, project in picked:
-            asked = {'label': label, 'project': project} | because
-            try:
-                answer = getattr(self.service, name)(**asked, **puts_off)
-                about |= {(each['label'], project, 0): name for each in lines_of(answer)}
-                done.append((name, asked))
-            except Error as error:
-                refused.append(f'{label}: {error}')
-        if puts_off and done:
-            undo = self.later(done, [*about])
+        done, about, refused = self.each_done(
+            [(name, {'label': label, 'project': project} | because) for label, project in picked],
+            **puts_off)
+        undo = self.later(done, about) if puts_off and done else ('', 0)
         words = f"{counted(len(done), 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
+
+    def each_done(self, calls: list[tuple[str, dict]], **how) -> tuple[list, list, list]:
+        """Does each by itself: what was done, what that was about, and why others were not."""
+        done, about, refused = [], {}, []
+        for name, asked in calls:
+            try:
+                answer = getattr(self.service, name)(**asked, **how)
+                about |= {(each['label'], each['project'], 0): name for each in lines_of(answer)}
+                done.append((name, asked))
+            except Error as error:
+                refused.append(f"{asked['label']}: {error}")
+        return done, [*about], refused
 
     def maintenance(self, given: dict) -> str:
         """When resources are closed; and whom a maintenance would affect, before it is made."""

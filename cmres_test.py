@@ -21353,6 +21353,18 @@ def test_an_occurrence_that_is_moved_leads_on_to_a_page_that_is_there(world):
     assert form.submit(status=303).follow(status='*').status_int == 200
 
 
+def test_the_page_of_a_series_is_shown_while_others_move_what_is_on_it(world, monkeypatch):
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    visitor, show = as_visitor(world), cmres.Reservations.show
+
+    def and_moved(self, **asked):
+        answer = show(self, **asked)
+        world.service.update('class', start=NOON + hours(60), end=NOON + hours(61), occurrence=NOON + hours(58))
+        return answer
+    monkeypatch.setattr(cmres.Reservations, 'show', and_moved)
+    assert len(visitor.get('/r/class').html.select('#live td[data-name=start]')) == 3
+
+
 def test_machines_can_be_changed_of_a_series_that_is_on(world):
     book(world.as_user(), 'class', start=1, end=2, repeat='daily', count=4)
     world.at(1.5)
