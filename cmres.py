@@ -26851,15 +26851,17 @@ class Lists(Visit):
         after = after if re.fullmatch('([0-9]{1,11}-)?[0-9]{1,18}', after) else ''
         wanted = wanted if wanted in STATES and not over else ''
         service, self.back = self.service, f'/list?{urlencode(given)}'.rstrip('?')
-        most = MOST_LINES_SHOWN + 1
-        found = (service.over(after, most) if over
-                 else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
-        lines, more = found[:MOST_LINES_SHOWN], found[MOST_LINES_SHOWN:]
+
+        def lines(after: str, most: int) -> list[dict]:
+            return (service.over(after, most) if over
+                    else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
+        found = lines(after, MOST_LINES_SHOWN)  # fewer, where they are long
+        last = cursor_of(found[-1]) if found else ''
         empty = 'Nothing is finished yet.' if over else ''
         kept = {'state': wanted} if wanted else {'over': 1} if over else {}
         return self.page('Reservations', self.render(
-            'list', over=over, state=wanted, table=self.listed(lines, given, empty),
-            onward=more and urlencode(kept | {'after': cursor_of(lines[-1])}),
+            'list', over=over, state=wanted, table=self.listed(found, given, empty),
+            onward=last and lines(last, 1) and urlencode(kept | {'after': last}),
             states=[each for each in STATES if each not in ('ended', 'failed')]))
 
     def listed(self, found: list[dict], given: dict, empty: str = '') -> str:
