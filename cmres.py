@@ -24076,10 +24076,10 @@ svg { display: block }
   color: var(--soft); border-radius: 8px } .bell .i { width: 18px; height: 18px }
 .bell b { position: absolute; right: 0; top: 0; background: var(--now); color: var(--card);
   font-size: 11px; line-height: 16px; min-width: 16px; text-align: center; border-radius: 8px }
-main { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px } main:focus { outline: none }
-main > h1 { margin-bottom: 12px } .narrow { max-width: 1000px; margin: 0 auto }
-footer { max-width: 1640px; margin: 0 auto; padding: 0 24px 32px; color: var(--soft);
-  font-size: var(--t2) }
+main, footer { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px }
+main:focus { outline: none } main > h1 { margin-bottom: 12px }
+.narrow { max-width: 1000px; margin: 0 auto }
+footer { padding: 0 24px 32px; color: var(--soft); font-size: var(--t2) }
 footer [name=zone] { width: 14rem; min-height: 28px }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
@@ -26340,31 +26340,38 @@ class Visit:
     # What can be taken back for a while
 
     @functools.cached_property
-    def undoable(self) -> list[tuple]:
-        """What can be undone: label, project, occurrence or 0; how; until when; if it cancels."""
-        me, now = [self.actor.user, self.actor.project], self.service.clock()
-        later = [(each.name, *each.value.partition(' ')[::2])
+    def leaving(self) -> list[tuple]:
+        """What will be cancelled soon: label, project, occurrence or 0; its fact if it is one's own.
+        """
+        me = [self.actor.user, self.actor.project]
+        later = [(each.name, json.loads(each.value.partition(' ')[2]))
                  for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
-        changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
-        put_off = [(*about, name * (said['by'][:2] == me), float(until), True)
-                   for name, until, said in ((*each, json.loads(text)) for *each, text in later)
-                   for about in said['about']]
-        return put_off + [(each.label, each.project, each.occurrence,
-                           f'{each.id}' * (each.user == me[0]), each.until, False)
-                          for each in reversed(changed)]
+        return [(*about, name * (said['by'][:2] == me))
+                for name, said in later for about in said['about']]
+
+    @functools.cached_property
+    def changed_lately(self) -> list:
+        """The changes that can still be taken back, the latest last."""
+        now = self.service.clock()
+        return rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
 
     def way_back(self, answer: dict) -> tuple[str, float]:
         """What takes back what has just been changed, and for how many seconds."""
         of = {(each['label'], each['project']) for each in lines_of(answer)}
-        made = {each[:2]: each for each in reversed(self.undoable)
-                if each[:2] in of and each[3] and not each[-1]}
-        left = min((each[4] for each in made.values()), default=0) - self.service.clock()
-        return ','.join(each[3] for each in made.values()), left
+        made = {(each.label, each.project): each for each in self.changed_lately
+                if (each.label, each.project) in of and each.user == self.actor.user}
+        left = min((each.until for each in made.values()), default=0) - self.service.clock()
+        return ','.join(f'{each.id}' for each in made.values()), left
 
     def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
         """What takes back what was done to an occurrence, and whether that cancels it."""
-        return next(((name, gone) for *about, which, name, _, gone in self.undoable
-                     if about == [label, project] and which in (0, id)), ('', False))
+        for *about, which, act in self.leaving:
+            if about == [label, project] and which in (0, id):
+                return act, True
+        for each in reversed(self.changed_lately):
+            if (each.label, each.project) == (label, project) and each.occurrence in (0, id):
+                return f'{each.id}' * (each.user == self.actor.user), False
+        return '', False
 
     def as_left(self, line: dict) -> dict:
         """A line of a table as it will be when what is under way is done."""
