@@ -23868,7 +23868,7 @@ def uninviting(service: Reservations) -> Callable:
 
 CLOCKED = r'(\d{1,2}(?::\d\d)?(?:am|pm)?|noon|midnight)'
 NEXT_WORD = r'(?= (?:not|except|without|until|till|as|called|for|at|before|with|from|on)\b|$)'
-#: Parts that a word begins, in the order in which they are taken out of the line.
+#: Parts that words begin or end.
 PHRASES = {name: Pattern(pattern) for name, pattern in {
     'label': r'\b(?:as|called|named) ([a-z0-9._-]+)',
     'skip_dates': rf'\b(?:not|except|without)(?: on)? (.+?){NEXT_WORD}',
@@ -23910,10 +23910,9 @@ class QuickLine:
 
     def read(self) -> None:
         """Reads it part by part; what is left has not been understood."""
-        first, last = ('label', 'skip_dates'), ('span', 'at')
-        self.take(*first)
+        self.take('label', 'skip_dates')
         self.read_repeat()
-        self.take(*(name for name in PHRASES if name not in first + last), 'span')
+        self.take('until', 'before', 'count', 'anywhere', 'hold', 'long', 'now', 'span')
         if 'span' not in self.said:
             self.take('at')
         self.read_dates()
@@ -23983,6 +23982,9 @@ class QuickLine:
             end = parse_time(as_clock(other), self.here.zone, self.here.now, start)
             end = end_after_gap(end, start)
         self.start, self.end, self.length = start, end, end - start
+        self.before = self.here.now + timedelta(days=60)
+        if 'before' in self.fields:
+            self.before = parse_time(self.fields['before'], self.here.zone, self.here.now)
 
     def first_at(self, clock: str) -> datetime:
         """The first time at which clocks show something: on its day, or one of its weekdays."""
@@ -24100,10 +24102,10 @@ svg { display: block }
   color: var(--soft); border-radius: 8px } .bell .i { width: 18px; height: 18px }
 .bell b { position: absolute; right: 0; top: 0; background: var(--now); color: var(--card);
   font-size: 11px; line-height: 16px; min-width: 16px; text-align: center; border-radius: 8px }
-main { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px } main:focus { outline: none }
-main > h1 { margin-bottom: 12px } .narrow { max-width: 1000px; margin: 0 auto }
-footer { max-width: 1640px; margin: 0 auto; padding: 0 24px 32px; color: var(--soft);
-  font-size: var(--t2) }
+main, footer { max-width: 1640px; margin: 0 auto; padding: 24px 24px 48px }
+main:focus { outline: none } main > h1 { margin-bottom: 12px }
+.narrow { max-width: 1000px; margin: 0 auto }
+footer { padding: 0 24px 32px; color: var(--soft); font-size: var(--t2) }
 footer [name=zone] { width: 14rem; min-height: 28px }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
   box-shadow: var(--lift) } .pad { padding: 16px 24px } .stack > * + * { margin-top: 16px }
@@ -24162,9 +24164,8 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .reserved, .waiting, .pending { color: var(--blue) }
 .starting, .active, .ending { color: var(--green) } .degraded { color: var(--amber-ink) }
 .failed { color: var(--rust) } .ended, .cancelled { color: var(--soft) }
-.note, .refused { padding: 12px 16px; border-radius: 8px; border-left: 5px solid var(--green);
-  background: var(--green-wash) }
-.refused { border-color: var(--rust); background: var(--rust-wash) }
+.refused { padding: 12px 16px; border-radius: 8px; border-left: 5px solid var(--rust);
+  background: var(--rust-wash) }
 .refused:focus { outline: 3px solid var(--rust) } .refused .offers { margin-top: 8px }
 /* plan */
 .strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
@@ -24182,7 +24183,7 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .corner { padding: 8px 16px; align-self: end; font-size: var(--t1); color: var(--soft) }
 .cloud { padding: 6px 16px; background: var(--sunk); font-size: var(--t2); font-weight: 600;
   color: var(--soft); border-bottom: 1px solid var(--line) }
-.res { border-bottom: 1px solid var(--line) } .res:last-child { border-bottom: 0 }
+.res { border-bottom: 1px solid var(--line) }
 .who { padding: 8px 8px 8px 16px; border-right: 1px solid var(--line); font-size: var(--t2);
   color: var(--soft); min-width: 0 } .who h3, .who b { color: var(--text) }
 .who p { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
@@ -24202,29 +24203,25 @@ form.deed input { width: 5.5rem; min-height: 28px; padding: 2px 8px }
 .plot .m4, .plot .m5 { fill: var(--card); font-weight: 700 }
 .plot g, .plot > rect, .plot > line, .plot > text, .plot > use { pointer-events: none }
 .plot a { pointer-events: all; cursor: pointer } .plot a:focus-visible { outline: none }
-.plot .more text { fill: var(--accent); font-weight: 600 } .b { color: var(--card) }
-.b rect { fill: var(--blue); stroke: var(--blue); stroke-width: 1.5 }
+.plot .more text { fill: var(--accent); font-weight: 600 }
+.b rect { fill: currentColor; stroke: currentColor; stroke-width: 1.5 }
 .plot .b text { fill: currentColor; font-weight: 600 }
 .plot .b .out, .plot .shut-t, .use text:not(.m) { paint-order: stroke; stroke: var(--card);
   stroke-width: 3px; stroke-linejoin: round }
-.plot .b .out { fill: var(--text); font-weight: 500 } .b .sign { pointer-events: none }
-.b.active rect, .b.starting rect, .b.ending rect { fill: var(--green); stroke: var(--green) }
+.plot .b .out { fill: var(--text); font-weight: 500 }
+.b .sign { pointer-events: none; color: var(--card) }
 .b.starting .x { fill: url(#stripes); stroke: none } .b.ending rect { fill: var(--green-wash) }
-.b.ending { color: var(--green) }
-.b.degraded rect { fill: var(--amber); stroke: var(--amber-ink) } .b.degraded { color: #2e1f00 }
-.b.failed rect { fill: var(--rust); stroke: var(--rust) }
-.b.waiting, .b.pending { color: var(--blue) }
-.b.waiting rect, .b.pending rect { fill: var(--card); stroke-dasharray: 5 3 }
+.b.degraded rect { fill: var(--amber) } .b.degraded .sign { color: #2e1f00 }
+.b:is(.ending, .waiting, .pending, .ended) .sign { color: inherit }
+.b:is(.waiting, .pending, .ended) rect { fill: var(--card) }
+.b.waiting rect { stroke-dasharray: 5 3 }
 .b.pending rect { stroke-dasharray: 1.5 3; stroke-linecap: round; stroke-width: 2.5 }
-.b.ended { color: var(--soft) }
-.b.ended rect { fill: var(--card); stroke: var(--edge); stroke-width: 1 }
-.b.other { color: var(--on-grey) }
-.b.other rect { fill: var(--grey); stroke: var(--grey) }
+.b.ended rect { stroke: var(--edge); stroke-width: 1 }
+.b.other { color: var(--grey) } .b.other .sign { color: var(--on-grey) }
 .b:hover rect { filter: brightness(1.12) }
 .b:focus-visible rect:first-of-type { stroke: var(--text); stroke-width: 3;
   stroke-dasharray: none }
-.b.no rect { fill: var(--rust); stroke: var(--rust) } .ghost { opacity: .35 }
-.shut { fill: url(#hatch) }
+.ghost { opacity: .35 } .shut { fill: url(#hatch) }
 .plot .shut-t { fill: var(--rust); font-weight: 600 }
 .hatch { stroke: var(--rust); opacity: .35; stroke-width: 2 }
 .lines { stroke: var(--card); stroke-width: 3; opacity: .45 }
@@ -24401,24 +24398,40 @@ const watch = (form, verdict) => {
     all.delete('form');
     return new URLSearchParams(all);
   };
+  const filled = path => path + (path.includes('?') ? '&' : '?') + fields();
   const check = async () => {
-    const turn = ++asked, path = `${form.dataset.check}?${fields()}`;
-    const answer = await fetch(path).catch(() => null);
+    const turn = ++asked, answer = await fetch(filled(form.dataset.check)).catch(() => null);
     if (turn !== asked) return;
     if (answer && answer.ok) verdict.innerHTML = await answer.text();
     else verdict.textContent = 'It could not be checked. Load the page again.';
   };
   form.addEventListener('input', () => { clearTimeout(timer); timer = setTimeout(check, 300); });
-  form.elements.resource.addEventListener('change', () => {
-    if (form.matches('.whole')) location.replace('/book?' + fields());
-  });
+  const place = form.matches('.whole') && form.elements.resource;  /* it has other flavors */
+  if (place)
+    place.addEventListener('change', () => location.replace(filled(form.getAttribute('action'))));
 };
 if ($('form.booking')) watch($('form.booking'), $('#verdict'));
 
 /* The time line. Its times are minutes on the clocks of the person's zone. */
 const board = $('.board'), tip = $('.tip:not(.read)'), read = $('.read'), pop = $('.pop');
-const names = ['Sun', 'Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat'];
-const dawn = 420, dusk = 1200;
+const line = board ? board.dataset : {}, axis = JSON.parse(line.axis || '[]');
+const first = Date.parse(line.first + 'Z'), length = +line.length, snap = +line.snap;
+/* Where a minute is, in percent (from 0 to 1), or which minute is there (from 1 to 0). */
+const between = (value, from, to) => {
+  const n = axis.slice(1, -1).filter(each => each[from] <= value).length;
+  const [a, z] = [axis[n], axis[n + 1]];
+  return a[to] + (z[to] - a[to]) * (value - a[from]) / (z[from] - a[from]);
+};
+const part = minute => between(minute, 0, 1);
+const near = minute => Math.max(0, Math.min(length, Math.round(minute / snap) * snap));
+const clock = minute => new Date(first + 60000 * minute).toISOString();
+const text = minute => clock(minute).slice(0, 16);
+const time = minute => clock(minute).slice(11, 16);
+const day_time = minute => `${new Date(clock(minute)).toUTCString().slice(0, 3)} ${time(minute)}`;
+const span = (a, z) => {
+  const is_one_day = text(a).slice(0, 10) === text(z - 1).slice(0, 10);
+  return day_time(a) + (z > a ? '–' + (is_one_day ? time : day_time)(z) : '');
+};
 const put = (box, x, y, above) => {
   box.hidden = false;
   const most = board.clientWidth - box.offsetWidth - 8;
@@ -24430,50 +24443,19 @@ class Plot {
   constructor(svg) {
     this.svg = svg;
     this.shade = $('.drag', svg);
-    this.first = Date.parse(svg.dataset.first + 'Z');
-    for (const name of ['length', 'thin', 'snap', 'caps', 'steps', 'shut'])
-      this[name] = JSON.parse(svg.dataset[name]);
-    this.whole = dusk - dawn + this.thin * (1440 - dusk + dawn);
-    const start = new Date(this.first);
-    this.offset = start.getUTCHours() * 60 + start.getUTCMinutes();
-    this.zero = this.run(this.offset);
-    this.all = this.run(this.offset + this.length) - this.zero;
+    for (const name of ['caps', 'steps', 'shut']) this[name] = JSON.parse(svg.dataset[name]);
   }
-  /* By night, an hour takes less of the width. */
-  run(minute) {
-    const day = Math.floor(minute / 1440), m = minute - 1440 * day;
-    const light = Math.max(0, Math.min(m, dusk) - dawn);
-    return day * this.whole + light + this.thin * (m - light);
-  }
-  back(run) {
-    const day = Math.floor(run / this.whole), r = run - day * this.whole;
-    const a = this.thin * dawn, b = a + dusk - dawn;
-    const m = r < a ? r / this.thin : r < b ? dawn + r - a : dusk + (r - b) / this.thin;
-    return 1440 * day + m;
-  }
-  part(minute) { return (this.run(minute + this.offset) - this.zero) / this.all; }
   at(event) {
     const box = this.svg.getBoundingClientRect();
     const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
-    return this.back(this.zero + share * this.all) - this.offset;
-  }
-  near(minute) {
-    return Math.max(0, Math.min(this.length, Math.round(minute / this.snap) * this.snap));
-  }
-  clock(minute) { return new Date(this.first + 60000 * minute).toISOString(); }
-  text(minute) { return this.clock(minute).slice(0, 16); }
-  span(a, z) {
-    const say = (minute, day) => (day ? names[new Date(this.first + 60000 * minute).getUTCDay()]
-      + ' ' : '') + this.clock(minute).slice(11, 16);
-    return say(a, true) + (z > a ? '–' + say(z, this.text(a).slice(0, 10)
-      !== this.text(z - 1).slice(0, 10)) : '');
+    return between(100 * share, 1, 0);
   }
   /* What is free in [a, z): of all steps that touch it, the one with the least. */
   free(a, z) {
     const closed = this.shut.find(([from, to]) => from < z && to > a);
     if (closed) return [`closed: ${closed[2]}`, true];
     const touched = this.steps.filter(([from], n) => from < z
-      && (n + 1 < this.steps.length ? this.steps[n + 1][0] : this.length) > a);
+      && (n + 1 < this.steps.length ? this.steps[n + 1][0] : length) > a);
     if (!this.caps.length) return [`${Math.max(0, ...touched.map(each => each[1]))} used`, false];
     const share = each => each[1] / (this.caps[each[2] || 0][0] || 1);
     const least = touched.reduce((one, other) => share(other) < share(one) ? other : one);
@@ -24481,15 +24463,21 @@ class Plot {
     return [least[1] > 0 ? `${least[1]} of ${most} ${unit}free` : 'full', least[1] <= 0];
   }
   say(a, z, words, bad) {
-    const box = this.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
-    read.textContent = `${this.span(a, z)} · ${words}`;
+    read.textContent = `${span(a, z)} · ${words}`;
     read.classList.toggle('no', bad);
-    put(read, box.left - home.left + this.part(a) * box.width, box.top - home.top + 14, true);
+    const {left, top} = this.corner(a);
+    put(read, left, top + 14, true);
+  }
+  /* Where on the board a minute of it is. */
+  corner(minute) {
+    const box = this.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
+    const left = box.left - home.left + part(minute) / 100 * box.width;
+    return {left, top: box.top - home.top, bottom: box.bottom - home.top};
   }
   draw(a, z, bad) {
     this.shade.classList.toggle('no', bad);
-    this.shade.setAttribute('x', `${100 * this.part(a)}%`);
-    this.shade.setAttribute('width', `${100 * (this.part(z) - this.part(a))}%`);
+    this.shade.setAttribute('x', `${part(a)}%`);
+    this.shade.setAttribute('width', `${part(z) - part(a)}%`);
   }
   show(a, z) {
     const [words, bad] = this.free(a, Math.max(z, a + 1));
@@ -24499,13 +24487,13 @@ class Plot {
   clear() { hide(read); this.draw(0, 0, false); }
 }
 const open = async (plot, a, z) => {
-  const chosen = {resource: plot.svg.dataset.resource, start: plot.text(a)};
-  if (z > a) chosen.end = plot.text(z);
+  const chosen = {resource: plot.svg.dataset.resource, start: text(a)};
+  if (z > a) chosen.end = text(z);
   const answer = await fetch('/book/small?' + new URLSearchParams(chosen)).catch(() => null);
   if (!answer || !answer.ok) return location.assign('/book?' + new URLSearchParams(chosen));
   pop.innerHTML = await answer.text();
-  const box = plot.svg.getBoundingClientRect(), home = board.getBoundingClientRect();
-  put(pop, box.left - home.left + plot.part(a) * box.width, box.bottom - home.top);
+  const {left, bottom} = plot.corner(a);
+  put(pop, left, bottom);
   watch($('form', pop), $('.verdict', pop));
   $('[name=vms]', pop).focus();
 };
@@ -24519,22 +24507,26 @@ class Move {
     this.from = this.edge ? this.z : plot.at(event);
   }
   to(event) {
-    const by = this.plot.near(this.plot.at(event)) - this.plot.near(this.from);
+    const by = near(this.plot.at(event)) - near(this.from);
     const longer = this.edge || this.bar.dataset.runs;
-    const [a, z] = [longer ? this.a : this.a + by, this.z + by];
-    if (z <= a || this.start === a && this.end === z) return;
+    const a = longer ? this.a : this.a + by, z = Math.max(this.z + by, a + snap);
+    if (this.start === a && this.end === z) return;
     [this.start, this.end, this.fits] = [a, z, false];
     this.bar.classList.add('ghost');
     this.plot.draw(a, z, false);
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => { this.trial = this.try(a, z); }, 100);
+    this.timer = setTimeout(() => this.try(a, z), 100);
     this.plot.say(a, z, '…', false);
   }
+  /* What it is asked to be, and was: what is the same is left alone. */
+  fields() {
+    const {label, project, occurrence} = this.bar.dataset;
+    return {label, project, occurrence, start: text(this.start), end: text(this.end),
+      was_start: text(this.a), was_end: text(this.z)};
+  }
   async try(a, z) {
-    const asked = {project: this.bar.dataset.project, occurrence: this.bar.dataset.occurrence,
-      start: this.plot.text(a), end: this.plot.text(z)};
     const path = `/r/${encodeURIComponent(this.bar.dataset.label)}/try?`;
-    const answer = await fetch(path + new URLSearchParams(asked)).catch(() => null);
+    const answer = await fetch(path + new URLSearchParams(this.fields())).catch(() => null);
     if (!answer || a !== this.start || z !== this.end) return;
     const words = await answer.text();
     this.fits = answer.ok && words.startsWith('fits');
@@ -24544,12 +24536,9 @@ class Move {
   async drop() {
     clearTimeout(this.timer);
     await this.try(this.start, this.end);
-    const form = $('#move'), said = this.bar.dataset;
     if (!this.fits) return this.end_();
-    for (const [name, value] of Object.entries({label: said.label, project: said.project,
-      occurrence: said.occurrence, start: this.plot.text(this.start),
-      end: this.plot.text(this.end), was_start: this.plot.text(this.a),
-      was_end: this.plot.text(this.z)})) form.elements[name].value = value;
+    const form = $('#move');
+    for (const [name, value] of Object.entries(this.fields())) form.elements[name].value = value;
     form.submit();
   }
   end_() { this.bar.classList.remove('ghost'); setTimeout(() => this.plot.clear(), 1500); }
@@ -24570,7 +24559,7 @@ for (const svg of $$('svg.plot')) {
   });
   const begin = event => {
     const bar = event.target.closest('a');
-    if (!bar) from = plot.near(plot.at(event));
+    if (!bar) from = near(plot.at(event));
     else if (bar.dataset.a) move = new Move(plot, bar, event);
   };
   svg.addEventListener('pointerdown', event => {
@@ -24591,7 +24580,7 @@ for (const svg of $$('svg.plot')) {
   }, {passive: false});
   svg.addEventListener('pointermove', event => {
     const here = plot.at(event);
-    if (move && (dragged || Math.abs(here - move.from) >= plot.snap)) {
+    if (move && (dragged || Math.abs(here - move.from) >= snap)) {
       dragged = true;
       hide(tip);
       svg.setPointerCapture(event.pointerId);
@@ -24599,10 +24588,10 @@ for (const svg of $$('svg.plot')) {
     }
     if (from === null)
       return event.target.closest('a') ? plot.clear() : plot.show(Math.floor(here), 0);
-    if (!dragged && plot.near(here) === from) return;
+    if (!dragged && near(here) === from) return;
     dragged = true;
     svg.setPointerCapture(event.pointerId);
-    plot.show(Math.min(from, plot.near(here)), Math.max(from, plot.near(here)));
+    plot.show(Math.min(from, near(here)), Math.max(from, near(here)));
   });
   const stop = () => {
     clearTimeout(press);
@@ -24611,7 +24600,7 @@ for (const svg of $$('svg.plot')) {
     plot.clear();
   };
   svg.addEventListener('pointerup', event => {
-    const here = plot.near(plot.at(event)), [one, moved] = [from, move];
+    const here = near(plot.at(event)), [one, moved] = [from, move];
     clearTimeout(press);
     from = move = null;
     if (moved && dragged) return moved.drop();
@@ -24628,7 +24617,7 @@ for (const svg of $$('svg.plot')) {
     const way = $(event.deltaY < 0 ? '#zoom-in' : '#zoom-out');
     if (!event.ctrlKey || !way) return;
     event.preventDefault();
-    location.assign(way.href.replace(/at=[^&]*/, 'at=' + plot.text(plot.at(event)).slice(0, 13)));
+    location.assign(way.href.replace(/at=[^&]*/, 'at=' + text(plot.at(event)).slice(0, 13)));
   }, {passive: false});
   /* One tab stop a row; arrows go from bar to bar. */
   const bars = $$('a.b', svg);
@@ -24647,9 +24636,9 @@ for (const svg of $$('svg.plot')) {
     });
   });
 }
-if (board && $('line.now')) {
-  const line = $('line.now').getBoundingClientRect();
-  board.parentNode.scrollLeft = line.left - board.getBoundingClientRect().left - 400;
+if ($('line.now')) {
+  const now = $('line.now').getBoundingClientRect();
+  board.parentNode.scrollLeft = now.left - board.getBoundingClientRect().left - 400;
 }
 
 /* What is live is loaded again and again. */
@@ -24923,7 +24912,9 @@ href="{{way(view=VIEWS[to], at=middle)}}" aria-label="Zoom {{way_on}}">{{key}}</
 <span>{{day.name[:3]}}</span><b>{{day.number}}</b>{{!gauge(day.share)}}</a>
 % end
 </nav>
-<section class="plan card" aria-label="Plan" tabindex="0"><div class="board">
+<section class="plan card" aria-label="Plan" tabindex="0"><div class="board"
+data-first="{{span.first.isoformat(timespec='minutes')}}" data-length="{{span.length}}"
+data-axis="{{in_json(span.axis)}}" data-snap="{{SNAPS[view]}}">
 <div class="head"><div class="corner">{{corner}}</div>
 <svg width="100%" height="46" role="group" aria-label="Days and hours"><defs><g id="ground">
 {{!many('<rect class="{}" x="{}%" width="{}%" height="100%"/>', grounds)}}
@@ -24952,7 +24943,7 @@ text-anchor="middle">{{f'{visit.today:%H:%M}'}}</text></svg>
 <p><b>{{row.now}}</b> {{row.unit}} now</p>{{!gauge(row.share)}}
 % name = visit.writes and row.name
 {{!when('<a href="/book?resource={0}">Book<span class="off"> on {0}</span></a>', name)}}</div>
-{{!visit.render('row', row=row, line=span, now=now, snap=snap[view])}}</div>
+{{!visit.render('row', row=row, line=span, now=now)}}</div>
 % end
 % end
 <div class="tip" role="status" hidden></div><div class="tip read" aria-hidden="true" hidden></div>
@@ -24975,7 +24966,7 @@ class="state {{state}}">{{!sign(state)}}<span class="off">{{state}}</span></span
 <ul class="legend">
 % for state, words in legend:
 <li><svg class="sw b {{state}}" aria-hidden="true"><rect x="1" y="1" width="24" height="14" rx="3"/>
-<use href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
+<use class="sign" href="#s-{{state}}" x="7" y="2" width="12" height="12"/></svg>{{words}}</li>
 % end
 <li>used <svg class="ramp" aria-hidden="true">
 % for n in range(5):
@@ -24991,10 +24982,9 @@ Only the first {{most}} reservations are drawn. <a href="/list">The list</a> has
 </p>
 ''', 'row': '''
 <svg class="plot" height="{{row.height}}" role="group" aria-label="{{row.name}}: {{row.summary}}"
-data-resource="{{row.name}}" data-first="{{line.first.isoformat(timespec='minutes')}}"
-data-length="{{line.length}}" data-thin="{{line.thin}}" data-snap="{{snap}}"
-{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}" data-steps="{{row.steps}}"
-data-shut="{{row.shut}}"><use href="#ground" height="100%"/><g class="use">
+data-resource="{{row.name}}"{{!mark('data-writes', visit.writes)}} data-caps="{{row.caps}}"
+data-steps="{{row.steps}}" data-shut="{{row.shut}}"><use href="#ground" height="100%"/>
+<g class="use">
 {{!many('<rect x="{}%" width="{}%" y="{}" height="{}" class="h{}"/>', row.used)}}
 {{!when('<line class="cap" x2="100%" y1="18.5" y2="18.5"/>', row.limited and line.view != 'month')}}
 {{!many('<text x="{0}%" class="{2}" dx="4" y="{3}">{1}</text>', row.figures)}}</g>
@@ -25057,7 +25047,7 @@ class="flat{{mark('picks', picks)}}" id="{{id}}"><thead><tr>
 </tr></thead><tbody>
 % for pick, cells in lines:
 <tr>
-{{!when(PICK, picks, pick, mark('checked', f'{picks}{pick}' in picked))}}
+{{!when(PICK, picks and pick, mark('checked', f'pick {pick}' in visit.typed))}}
 % for head, cell in zip(heads, cells):
 <td data-name="{{head[0]}}" data-head="{{head[1].partition(' (')[0]}}">{{!cell}}</td>
 % end
@@ -25567,8 +25557,8 @@ def in_length(seconds: float | None) -> str:
 
 
 DAYS = [(name, name[0]) for name in ('Mon', 'Tue', 'Wed', 'Thu', 'Fri', 'Sat', 'Sun')]
-PICK = ('<td class="pick"><input type="checkbox" name="{0}{1}" value="yes" '
-        'aria-label="Select {1}"{2}></td>')
+PICK = ('<td class="pick"><input type="checkbox" name="pick {0}" value="yes" '
+        'aria-label="Select {0}"{1}></td>')
 NOTHING_FREE = 'Nothing is free for that long. Try fewer VMs, a shorter time or a later date.'
 MACROS = {macro.__name__: macro for macro in (
     in_html, alert, hidden, mark, many, when, sign, state, chip, copy, gauge, facts, field,
@@ -25605,26 +25595,30 @@ class TimeLine:
     """
 
     def __init__(self, view: str, at: datetime, zone: ZoneInfo):
-        self.view, self.zone, self.thin = view, zone, NIGHT if view == 'week' else 1
+        self.view, self.zone = view, zone
         self.first, self.after = span_of_view(view, at)
         self.begin, self.end = (int(from_wall(each, zone).timestamp())
                                 for each in (self.first, self.after))
         self.window = instant(self.begin), instant(self.end)
         self.length = int((self.after - self.first).total_seconds() // 60)
-        self.dawn = (self.first - at_midnight(self.first)).total_seconds() / 60
-        self.all = self.run(self.length) - self.run(0)
+        self.axis = self.evenly()
 
-    def run(self, minute: float) -> float:
-        """How far a minute is from a midnight, in minutes by day; by night time runs quicker."""
-        day, rest = divmod(minute + self.dawn, 1440)
-        light = max(0, min(rest, DUSK) - DAWN)
-        whole = DUSK - DAWN + self.thin * (1440 - DUSK + DAWN)
-        return day * whole + light + self.thin * (rest - light)
+    def evenly(self) -> list[tuple[int, float]]:
+        """The minutes between which time runs evenly, each with where it is, in percent."""
+        turns = [day + at for day in range(0, self.length, 1440) for at in (DAWN, DUSK)]
+        edges = [0, *(turns if self.view == 'week' else ()), self.length]
+        widths = [after - at if DAWN <= at % 1440 < DUSK else (after - at) * NIGHT
+                  for at, after in itertools.pairwise(edges)]
+        whole = sum(widths)
+        return [(edge, 100 * far / whole)
+                for edge, far in zip(edges, itertools.accumulate(widths, initial=0))]
 
     def x(self, minute: float) -> float:
         """Where a minute is, in percent."""
         minute = max(0, min(self.length, minute))
-        return round(100 * (self.run(minute) - self.run(0)) / self.all, 2)
+        n = bisect_right(self.axis, minute, 1, len(self.axis) - 1, key=operator.itemgetter(0))
+        (begin, left), (end, right) = self.axis[n - 1:n + 1]
+        return round(left + (right - left) * (minute - begin) / (end - begin), 2)
 
     def minute(self, seconds: float) -> float:
         """The minute of an instant."""
@@ -25659,7 +25653,8 @@ class TimeLine:
         shades = [('this-day' if each.today else 'off-day', each.x, each.width) for each in days
                   if self.view in ('week', 'month')
                   and (each.today or each.name in ('Sat', 'Sun'))]
-        midnights = range(-int(self.dawn), self.length, 1440) if self.view != 'month' else ()
+        before = -60 * self.first.hour
+        midnights = range(before, self.length, 1440) if self.view != 'month' else ()
         nights = [self.extent(day + first, day + last) for day in midnights
                   for first, last in ((0, DAWN), (DUSK, 1440))]
         return shades + [('off-day', *each) for each in nights if each[1]]
@@ -25766,13 +25761,13 @@ def day_parts(levels: list[Level], line: TimeLine) -> Iterator[tuple[int, Level,
             yield day, each, (min(after, 1440 * day + 1440) - max(each.at, 1440 * day)) / 1440
 
 
-def drawn_use(levels: list[Level], line: TimeLine, month: bool) -> list[tuple]:
+def drawn_use(levels: list[Level], line: TimeLine) -> list[tuple]:
     """The levels as shapes, as high and dark as it is full: x, width, y, height, level."""
     shapes = []
     for each, after in lasting(levels, line):
         x, width = line.extent(each.at, after)
         level = math.ceil(5 * each.share)
-        if month and not each.closed:
+        if line.view == 'month' and not each.closed:
             shapes.append((x, round(width - .12, 2), 8, 26, level))
         elif level and width and not each.closed:
             high = max(round(28 * each.share), 2)
@@ -25894,7 +25889,7 @@ class Drawing:
                               levels=levels, bars=bars, more=more, height=height,
                               caps=json.dumps(caps), **self.free_now(place, most, caps, levels))
         row.holds = (names or 'no limit') + ' · approval' * bool(place.approval)
-        row.used = drawn_use(levels, line, month)
+        row.used = drawn_use(levels, line)
         row.steps = in_json([round(each.at), each.free, each.unit] for each in levels)
         row.shut = in_json([round(first), round(last), words] for first, last, words in changes)
         row.figures = [each for each in drawn_figures(levels, line, self.now, row.limited)
@@ -26043,6 +26038,16 @@ def local(href: str | None) -> str:
     return href if href and re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', href) else '/'
 
 
+def which_of(given: dict) -> dict:
+    """What says of which reservations of a label an address or a form is."""
+    return {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
+
+
+def lines_of(answer) -> list[dict]:
+    """The reservations of which an answer tells."""
+    return answer.get('parts', [answer]) if isinstance(answer, dict) else answer
+
+
 def sort_key(value) -> tuple:
     """A key that puts values of any kind in order."""
     return (value is None, isinstance(value, str), str(value) if isinstance(value, (dict, list))
@@ -26139,6 +26144,12 @@ class Visit:
         start = instant(found.start) if found.repeats else None
         return self.href(found.label, found.project, start)
 
+    def shown_of(self, label: str, given: dict) -> dict:
+        """What `show` answers of the reservation, or the occurrence, that a form or address names.
+        """
+        asked = which_of(given) | {'label': label}
+        return self.service.show(**bind(API['show'], asked, self.here))
+
     def page(self, title: str, body: str, status: int = 0, headed: bool = True):
         """A whole page, under its title if it has no heading; says what the last form did."""
         request = bottle.request
@@ -26178,9 +26189,10 @@ class Visit:
         """Leads on after a form; the next page says what was done, and offers to undo it."""
         made = answered('', 303, {'Location': href})
         if words:
-            note = {'words': words[:800], 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
-            self.set_cookie(made, 'note', quote(self.pages.signed('note', json.dumps(note)),
-                                                safe=''), 60)
+            words = words.encode()[:800].decode(errors='ignore')  # no browser keeps a long cookie
+            note = {'words': words, 'undo': undo[0], 'left': f'{undo[1]:.0f}', 'next': href}
+            text = json.dumps(note, ensure_ascii=False)
+            self.set_cookie(made, 'note', quote(self.pages.signed('note', text), safe=''), 60)
         return made
 
     def set_cookie(self, made, name: str, value: str, lasts: int, **more) -> None:
@@ -26219,8 +26231,8 @@ class Visit:
         return headed(name, self.table(name, lines, given, acts))
 
     def table(self, name: str, lines: list[dict], given: dict | None, acts: list | None = None,
-              picks: str = '', picked: Iterable[str] = (), empty: str = '') -> str:
-        """A table, sorted as `given` says; `picks` begins the names of its lines' boxes."""
+              picks: bool = False, empty: str = '') -> str:
+        """A table, sorted as `given` says; with `picks` its lines have boxes."""
         columns, nothing = PANELS[name]
         if acts is not None:
             lines = [each | {'acts': acts} for each in lines]
@@ -26237,8 +26249,8 @@ class Visit:
         heads = [self.head(key, lines, given, (-1 if down else 1) * (key == by)) for key in shown]
         return self.render(
             'table', name=name, id=name.split()[0].lower(), heads=heads, picks=picks,
-            picked=picked, lines=[(line.get('label') or line.get('id'), map(each.get, shown))
-                                  for line, each in zip(lines, cells)])
+            lines=[(f"{line.get('label')} {line.get('project')}", map(each.get, shown))
+                   for line, each in zip(lines, cells)])
 
     def head(self, key: str, lines: list[dict], given: dict | None, way: int) -> tuple:
         """A head of a table: its name, its words, where it leads, and how it is sorted."""
@@ -26354,31 +26366,38 @@ class Visit:
     # What can be taken back for a while
 
     @functools.cached_property
-    def undoable(self) -> list[tuple]:
-        """What can be undone: label, project, occurrence or 0; how; until when; if it cancels."""
-        me, now = [self.actor.user, self.actor.project], self.service.clock()
-        later = [(each.name, *each.value.partition(' ')[::2])
+    def leaving(self) -> list[tuple]:
+        """What will be cancelled soon: label, project, occurrence or 0; its fact if it is one's own.
+        """
+        me = [self.actor.user, self.actor.project]
+        later = [(each.name, json.loads(each.value.partition(' ')[2]))
                  for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
-        changed = rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
-        put_off = [(*about, name * (said['by'][:2] == me), float(until), True)
-                   for name, until, said in ((*each, json.loads(text)) for *each, text in later)
-                   for about in said['about']]
-        return put_off + [(each.label, each.project, each.occurrence,
-                           f'{each.id}' * (each.user == me[0]), each.until, False)
-                          for each in reversed(changed)]
+        return [(*about, name * (said['by'][:2] == me))
+                for name, said in later for about in said['about']]
+
+    @functools.cached_property
+    def changed_lately(self) -> list:
+        """The changes that can still be taken back, the latest last."""
+        now = self.service.clock()
+        return rows(CHANGED_LATELY, UNDO, now, now + self.config.undo_time)
 
     def way_back(self, answer: dict) -> tuple[str, float]:
         """What takes back what has just been changed, and for how many seconds."""
-        of = {(each['label'], each['project']) for each in answer.get('parts', [answer])}
-        made = {each[:2]: each for each in reversed(self.undoable)
-                if each[:2] in of and each[3] and not each[-1]}
-        left = min((each[4] for each in made.values()), default=0) - self.service.clock()
-        return ','.join(each[3] for each in made.values()), left
+        of = {(each['label'], each['project']) for each in lines_of(answer)}
+        made = {(each.label, each.project): each for each in self.changed_lately
+                if (each.label, each.project) in of and each.user == self.actor.user}
+        left = min((each.until for each in made.values()), default=0) - self.service.clock()
+        return ','.join(f'{each.id}' for each in made.values()), left
 
     def leaves(self, label: str, project: str, id: int) -> tuple[str, bool]:
         """What takes back what was done to an occurrence, and whether that cancels it."""
-        return next(((name, gone) for *about, which, name, _, gone in self.undoable
-                     if about == [label, project] and which in (0, id)), ('', False))
+        for *about, which, act in self.leaving:
+            if about == [label, project] and which in (0, id):
+                return act, True
+        for each in reversed(self.changed_lately):
+            if (each.label, each.project) == (label, project) and each.occurrence in (0, id):
+                return f'{each.id}' * (each.user == self.actor.user), False
+        return '', False
 
     def as_left(self, line: dict) -> dict:
         """A line of a table as it will be when what is under way is done."""
@@ -26415,11 +26434,11 @@ class CloudNames:
         names, why = {'flavor': [], 'image': []}, ''
         try:
             cloud = self.clouds.open(account)
-            for kind in names:
-                names[kind] = sorted(self.told(each) for each in cloud.things(kind)
-                                     if each.name and sight.shows(kind, each))[:500]
+            names = {kind: sorted(self.told(each) for each in cloud.things(kind)
+                                  if each.name and sight.shows(kind, each))[:500]
+                     for kind in names}
         except CloudError as error:
-            names, why = {'flavor': [], 'image': []}, str(error)
+            why = str(error)
         self.found[account, sight] = time.monotonic() + (10 if why else 60), (names, why)
 
     @staticmethod
@@ -26479,7 +26498,8 @@ class OpenId:
         import requests
         from authlib.common.errors import AuthlibBaseError
         from joserfc.errors import JoseError
-        if not secrets.compare_digest(said.get('state', ''), known['state']) or 'code' not in said:
+        same = secrets.compare_digest(said.get('state', '').encode(), known['state'].encode())
+        if not same or 'code' not in said:
             raise Unauthorized(f"you are not signed in: {said.get('error') or 'start again'}")
         try:
             token = self.client(back).fetch_token(
@@ -26797,8 +26817,8 @@ class PlanPage(Visit):
             middle=f'{middle:%Y-%m-%dT%H}', groups=groups.items(),
             days=drawing.with_shares(sum(groups.values(), [])),
             grounds=line.grounds(drawing.days), now=line.x(drawing.now) if inside else None,
-            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), snap=SNAPS,
-            legend=legend, most=most if len(found) > most else 0, **values)
+            corner=CORNERS.get(line.view, ''), agenda=drawing.agenda(found[:most]), SNAPS=SNAPS,
+            legend=legend, most=most if len(found) > most else 0, in_json=in_json, **values)
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
@@ -26868,7 +26888,7 @@ class Lists(Visit):
         def lines(after: str, most: int) -> list[dict]:
             return (service.over(after, most) if over
                     else service.list(state=[wanted] * bool(wanted), limit=most, after=after))
-        found = lines(after, MOST_LINES_SHOWN)
+        found = lines(after, MOST_LINES_SHOWN)  # fewer, where they are long
         last = cursor_of(found[-1]) if found else ''
         empty = 'Nothing is finished yet.' if over else ''
         kept = {'state': wanted} if wanted else {'over': 1} if over else {}
@@ -26896,7 +26916,7 @@ class Lists(Visit):
     def reservation(self, label: str, given: dict):
         """All of one reservation; what is live in it is loaded again and again."""
         try:
-            found, live, occurrence = self.one(label, given)
+            found, live = self.one(label, given)
         except Conflict:  # it is in several projects
             found = {'parts': self.service.list(label)}
         if 'parts' in found:
@@ -26904,8 +26924,8 @@ class Lists(Visit):
             whole = [self.act(each, {'label': label, 'project': project}, True)
                      for each in ('extend', 'delete')] if 'label' in found and self.writes else []
             return self.page(label, self.listed(found['parts'], given) + ''.join(whole))
-        query = {'project': found['project']} | ({'occurrence': occurrence} if occurrence else {})
-        href, query = f'/r/{quote(label)}', f'?{urlencode(query)}'
+        which = which_of(given | {'project': found['project']})
+        href, query = f'/r/{quote(label)}', f'?{urlencode(which)}'
         changes = found['state'] not in (*OVER, 'ending') and self.writes
         return self.page(label, self.render(
             'reservation', label=label, live=live, href=f'{href}/live{query}',
@@ -26916,13 +26936,12 @@ class Lists(Visit):
         """What is live of a reservation's page, if it is another than the browser has."""
         return self.unless_same(self.one(label, given)[1])
 
-    def one(self, label: str, given: dict) -> tuple[dict, str, str]:
-        """A reservation, its live part, and the occurrence that was asked for."""
-        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        found = self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
+    def one(self, label: str, given: dict) -> tuple[dict, str]:
+        """A reservation, and its live part."""
+        found = self.shown_of(label, given)
         if 'parts' in found:
-            return found, '', ''
-        found, occurrence = self.as_left(found), asked.get('occurrence', '')
+            return found, ''
+        found, occurrence = self.as_left(found), given.get('occurrence', '')
         events = self.service.events(label, found['project'], limit=50)[::-1]
         acts = [self.act(each, found, True, occurrence * (each in ('extend', 'skip', 'delete')))
                 for each in self.acts(found)]
@@ -26937,7 +26956,7 @@ class Lists(Visit):
             starts=what_starts(self, found), track=track_of(self, found),
             ready=f"{up} of {found['vms']} ready" if counts else '',
             facts=facts((name, self.shown(value)) for name, value in told if value),
-            occurrences=self.occurrences(found)), occurrence
+            occurrences=self.occurrences(found))
 
     def vms(self, found: dict) -> list[dict]:
         """The VMs of a reservation, each with how to log in and when it was ready."""
@@ -26954,7 +26973,8 @@ class Lists(Visit):
             'SELECT o.id, o.start FROM occurrence o JOIN occurrence one '
             'ON one.reservation_id = o.reservation_id WHERE one.id = ? AND o."end" > ?',
             found['id'], int(self.service.clock()))} if coming else {}
-        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]]
+        lines = [self.as_left(found | each | {'id': ids[each['start']]}) for each in coming[:60]
+                 if each['start'] in ids]  # nobody has moved it meanwhile
         lines = [each | {'which': each['start'], 'acts': self.acts(each, only=('skip',))}
                  for each in lines]
         more = f'<p class="soft">and {len(coming) - 60} more</p>' if len(coming) > 60 else ''
@@ -27074,6 +27094,7 @@ class Verdict(NamedTuple):
 
 
 UNCHECKED = Verdict('', 'Here you see whether it fits.')
+AS_BEFORE = Verdict('', 'Nothing is changed yet.', go='Change')
 CHOOSE = 'Choose an image, or hold capacity only.'
 #: How a verdict looks: the sign and the state whose colour it has; and a date of a series: its
 #: class, its sign, its word.
@@ -27104,28 +27125,30 @@ class BookForm(Visit):
         """Makes it the form of a reservation that is there, if a label says of which."""
         if not label:
             return
-        asked = {name: given[name] for name in ('project', 'occurrence') if given.get(name)}
-        found = self.service.show(**bind(API['show'], asked | {'label': label}, self.here))
+        found = self.shown_of(label, given)
         if 'parts' in found:
             raise Conflict(f"'{label}' has several parts. Change them one by one.")
         self.found, self.was = found, self.stored_fields(found)
-        self.about = f'Change {label}', f'/r/{quote(label)}/change', f'?{urlencode(asked)}'
+        href, which = f'/r/{quote(label)}/change', f'?{urlencode(which_of(given))}'
+        self.about = f'Change {label}', href, which
         self.only = WHILE_RUNNING if found['state'] in RUNNING else (
-            OF_ONE if 'occurrence' in asked else ())
+            OF_ONE if given.get('occurrence') else ())
 
     def book(self, given: dict):
         """The form, filled in with what was typed or clicked on, and whether that fits."""
-        line = given.get('q') or given.get('find') or ''
-        if line:
-            read, said = self.read_line(line)
-            if given.get('find'):
-                return self.booking(said, UNCHECKED, finds=line, found=self.free_times(read, said))
-            return self.booking(said, self.tried(said), typed=line, chips=self.understood(read))
+        finds, typed = given.get('find', ''), given.get('q', '')
         try:
+            if finds:
+                line, said = self.read_line(finds)
+                return self.booking(said, UNCHECKED, finds=finds, found=self.free_times(line, said))
+            if typed:
+                line, said = self.read_line(typed)
+                return self.booking(said, self.tried(said), typed=typed,
+                                    chips=self.understood(line))
             said = self.filled(given)
         except Error as error:
             verdict = Verdict('no', str(error), go='', focus=True)
-            return self.booking(self.blank() | given, verdict, error.status)
+            return self.booking(self.blank() | given, verdict, error.status, typed, finds=finds)
         asks = given.get('start') or given.get('resource')
         return self.booking(said, self.tried(said) if asks else UNCHECKED)
 
@@ -27227,21 +27250,28 @@ class BookForm(Visit):
         where = next((each for each in places if each.lower() in text.lower().split()),
                      said['resource'])
         names = self.offered(where)[0]
-        line = QuickLine(text, self.here, {'resource': places} | {
-            kind: [name for name, _ in names[kind]] for kind in names})
-        said |= {'resource': where} | {name: value for name, value in line.fields.items()
-                                       if name in said}
-        said = self.timed(said, line.start, line.end)
-        if place := self.place(where):
-            said |= usual_of(place, line.fields)
-        if said['image'] and not said['flavor'] and names['flavor']:
-            flavors = [name for name, _ in names['flavor']]
-            said['flavor'] = next((name for name in flavors if 'small' in name), flavors[0])
-        if not said['image'] and not names['image']:
-            said['what'] = 'hold'
+        offered = {kind: [name for name, _ in names[kind]] for kind in names}
+        try:
+            line = QuickLine(text, self.here, {'resource': places} | offered)
+        except ValueError as error:
+            raise Invalid(str(error)) from None
+        said = self.meant(line, said | {'resource': where}, offered)
         others = [] if 'resource' in line.fields else places[:MOST_RESOURCES_TRIED]
-        return line, max((said | {'resource': each} for each in others), default=said,
-                         key=lambda each: [*LOOKS, ''].index(self.tried(each).kind) * -1)
+        return line, min((said | {'resource': each} for each in others), default=said,
+                         key=lambda each: [*LOOKS, ''].index(self.tried(each).kind))
+
+    def meant(self, line: QuickLine, said: dict, offered: dict[str, list[str]]) -> dict:
+        """The form that a line stands for, with what is usual where it says nothing."""
+        said |= {name: value for name, value in line.fields.items() if name in said}
+        said = self.timed(said, line.start, line.end)
+        if place := self.place(said['resource']):
+            said |= usual_of(place, line.fields)
+        flavors = offered['flavor']
+        if said['image'] and not said['flavor'] and flavors:
+            said['flavor'] = next((name for name in flavors if 'small' in name), flavors[0])
+        if not said['image'] and not offered['image']:
+            said['what'] = 'hold'
+        return said
 
     def understood(self, line: QuickLine) -> list[tuple[str, str, str]]:
         """What was understood of a line, part by part, and what was not: a class, a name, words."""
@@ -27257,16 +27287,13 @@ class BookForm(Visit):
     def free_times(self, line: QuickLine, said: dict) -> list[tuple]:
         """When what somebody looks for is free: an address, words, where."""
         here, found = self.here, []
-        before = here.now + timedelta(days=60)
-        if 'before' in line.fields:
-            before = parse_time(line.fields['before'], here.zone, here.now)
         fixed, gpu = line.fields.get('resource'), 'gpu' in line.said
         places = [each for each in self.places() if (not fixed or each.name == fixed)
                   and (not gpu or 'gpu' in f'{each.name}{each.classes}'.lower())]
         for place in places[:MOST_PLACES]:
             wish = {name: value for name, value in said.items() if value}
             wish |= {'resource': place.name}
-            for slot in self.slots(wish, here.now, here.now + line.length, before):
+            for slot in self.slots(wish, here.now, here.now + line.length, line.before):
                 end = slot['start'] + line.length
                 wish |= {'start': to_plain(slot['start']), 'end': to_plain(end)}
                 found.append((slot['start'], f'/book?{urlencode(wish)}',
@@ -27279,8 +27306,6 @@ class BookForm(Visit):
     def asked(self, said: dict) -> dict:
         """The arguments of the operation that the fields stand for."""
         given = self.otherwise(said) if self.was else self.wanted(said)
-        if given.get('skip_dates'):
-            given['skip_dates'] = days_left_out(given['skip_dates'], self.here)
         return bind(self.operation, given | {'tz': self.zone.key}, self.here)
 
     def wanted(self, said: dict) -> dict:
@@ -27307,8 +27332,8 @@ class BookForm(Visit):
             occurrence = to_plain(found['start'])
         if 'end' in said and 'start' not in said:  # a bare clock comes after the start
             said['end'] = to_plain(parse_end(said['end'], found['start'], self.here))
-        asked = {'label': found['label'], 'project': found['project'], 'occurrence': occurrence}
-        return said | {name: value for name, value in asked.items() if value}
+        which = which_of({'project': found['project'], 'occurrence': occurrence})
+        return said | which | {'label': found['label']}
 
     def call(self, said: dict, dry_run: bool = False) -> dict:
         """What booking or changing answers."""
@@ -27394,8 +27419,9 @@ class BookForm(Visit):
             go = f"Book the {dates} that fit{'s' * (number == 1)}"
         ends = [(name, self.span(each['start'], each['end']))
                 for name, each in zip(('First', 'Last'), fitting[:1] + fitting[-1:])]
-        out = [date.fromisoformat(each) for each in days_left_out(
-            said.get('skip_dates') or '', self.here).split(',') if each]
+        skips = read_argument('skip_dates', said.get('skip_dates', ''), Names, self.here)
+        out = [date.fromisoformat(each[:10]) for each in self.service.wishes.read_skips(
+            {'skip_dates': skips}, self.zone, answer['occurrences'][0]['start'].timestamp())]
         return Verdict('ok' if number == whole else 'some', head, words + whys[:5], ends,
                        months_of(dict.fromkeys(out, 'out') | outcomes), go=go)
 
@@ -27455,15 +27481,13 @@ class BookForm(Visit):
     def send(self, given: dict, label: str = ''):
         """Does what the form says, or with its other button only checks it."""
         self.concern(label, given)
-        said, status, verdict = given, 200, None
-        if not self.was:
-            said = {name: given.get(name, '') for name in BOOKING} | (
-                {'on_conflict': 'skip'} if given.get('fitting') else {})
-        if 'check' in given:
-            verdict = self.tried(said, True)
+        said = given if self.was else {name: given.get(name, '') for name in BOOKING}
+        if given.get('fitting'):
+            said |= {'on_conflict': 'skip'}
         try:
-            if not verdict:
+            if 'check' not in given:
                 return self.done(said)
+            verdict, status = self.tried(said, True), 200
         except Error as error:
             verdict, status = self.does_not_fit(said, error, True), error.status
         with suppress(Error):  # what can't be read stands there as it was typed
@@ -27475,7 +27499,7 @@ class BookForm(Visit):
         if not self.was:
             said = said | {'label': said['label'] or self.free_label(said | {'image': ''})}
         answer = self.call(said)
-        about = answer.get('parts', [answer])[0]
+        about = lines_of(answer)[0]
         so, undo = ('changed', self.way_back(answer)) if self.was else (about['state'], ('', 0))
         words = '. '.join([f"'{answer['label']}' is {so}", *answer.get('warnings', ())])
         return self.onward(self.href(answer['label'], about['project']), words, undo)
@@ -27483,9 +27507,10 @@ class BookForm(Visit):
     # Changing
 
     def change(self, label: str, given: dict):
-        """The form that changes a reservation, with all that can be changed."""
+        """The form that changes a reservation, with what was typed into it on another resource."""
         self.concern(label, given)
-        return self.booking({}, Verdict('', 'Nothing is changed yet.', go='Change'))
+        verdict = self.tried(given) if 'resource' in given else AS_BEFORE
+        return self.booking(given, verdict)
 
     def try_change(self, label: str, given: dict):
         """In a few words whether a reservation could be moved, for who drags it."""
@@ -27530,36 +27555,41 @@ class Admin(Visit):
         """What awaits an approval, and what waits for capacity."""
         pending = [each for each in map(self.as_left, self.service.awaiting_approval())
                    if not each['leaves']]
-        picked = [each for each in self.typed if each.startswith('pick ')]
+        picked = sum(each.startswith('pick ') for each in self.typed)
         return self.render(
-            'decide', table=self.table('Requests', pending, given, picks='pick ', picked=picked),
-            some=pending, picked=len(picked)) + self.panel(
+            'decide', table=self.table('Requests', pending, given, picks=True), some=pending,
+            picked=picked) + self.panel(
                 'Waiting for capacity', self.service.list(state=['waiting']), given, ['delete'])
 
     def decide(self, given: dict):
         """Approves or rejects all that is selected, each by itself."""
         self.refuse_others()
         name, reason = given.get('do', ''), given.get('reason', '')
-        picked = [each.removeprefix('pick ') for each in given if each.startswith('pick ')]
-        known = {each['label']: each['project'] for each in self.service.awaiting_approval()}
+        picked = [each.split(' ', 2)[1:] for each in given if re.match('pick [^ ]+ ', each)]
         if name not in ('approve', 'reject') or not picked or name == 'reject' and not reason:
             self.note_refusal(given, 'Write a reason. The owners get it.' if picked else
                               'Select at least one.')
             return self.admin({})
         because = {'reason': reason} if name == 'reject' else {}
         puts_off = {'dry_run': True} if name in PUT_OFF and self.config.undo_time else {}
-        done, refused, undo = [], [], ('', 0)
-        for each in picked:
-            asked = {'label': each, 'project': known.get(each, '')} | because
-            try:
-                getattr(self.service, name)(**asked, **puts_off)
-                done.append((name, asked))
-            except Error as error:
-                refused.append(f'{each}: {error}')
-        if puts_off and done:
-            undo = self.later(done, [(each['label'], each['project'], 0) for _, each in done])
+        done, about, refused = self.each_done(
+            [(name, {'label': label, 'project': project} | because) for label, project in picked],
+            **puts_off)
+        undo = self.later(done, about) if puts_off and done else ('', 0)
         words = f"{counted(len(done), 'request')} {name}{'d' if name == 'approve' else 'ed'}"
         return self.onward('/admin', '. '.join([words, *refused]), undo)
+
+    def each_done(self, calls: list[tuple[str, dict]], **how) -> tuple[list, list, list]:
+        """Does each by itself: what was done, what that was about, and why others were not."""
+        done, about, refused = [], {}, []
+        for name, asked in calls:
+            try:
+                answer = getattr(self.service, name)(**asked, **how)
+                about |= {(each['label'], each['project'], 0): name for each in lines_of(answer)}
+                done.append((name, asked))
+            except Error as error:
+                refused.append(f"{asked['label']}: {error}")
+        return done, [*about], refused
 
     def maintenance(self, given: dict) -> str:
         """When resources are closed; and whom a maintenance would affect, before it is made."""
@@ -27699,7 +27729,8 @@ class Admin(Visit):
         if not operation or not operation.changes:
             raise NotFound(f"there is no operation '{name}' that changes something")
         onward, sure = local(given.get('next')), given.pop('sure', '')
-        once, checks = given.pop('once', ''), given.pop('check', '')
+        once, previews = given.pop('once', ''), 'affected' in operation.parameters
+        checks = previews and given.pop('check', '')
         said = {key: value for key, value in given.items() if key != 'next'}
         ends = name in ('delete', 'end') and not sure and self.running(said)
         if ends or name in ASKED_TWICE and not sure:
@@ -27708,17 +27739,26 @@ class Admin(Visit):
         if once and once in self.pages.sent:  # loading the answer again would make another secret
             raise Conflict('This form was sent already, and what it made cannot be shown again. '
                            'Go back to the form.')
-        puts_off = name in PUT_OFF and self.config.undo_time and said.get('label') and not (
-            said.get('dry_run') or said.get('undo'))
-        tried = {'dry_run': True} if checks or puts_off else {}
+        tried = {'dry_run': True} if checks or self.puts_off(name, said) else {}
         try:
             answer = getattr(self.service, name)(**bind(operation, asked | tried, self.here))
         except Error as error:
             return self.refused(name, said, error, onward)
         if checks:
             return self.show_affected(name, said, answer)
-        undo = self.put_off(name, said, asked, answer) if puts_off else self.undo_of(name, answer)
+        undo = self.undo_of(name, said, asked, answer)
         return self.tell_done(onward, told_done(name, asked, answer), undo, answer, once)
+
+    def puts_off(self, name: str, said: dict) -> bool:
+        """Whether what a form asks for is done only when it can't be taken back any more."""
+        at_once = said.get('dry_run') or said.get('undo') or not said.get('label')
+        return bool(name in PUT_OFF and self.config.undo_time and not at_once)
+
+    def undo_of(self, name: str, said: dict, asked: dict, answer) -> tuple[str, float]:
+        """What takes back what a form asks for, and for how long; what is put off, is so now."""
+        if self.puts_off(name, said):
+            return self.put_off(name, said, asked, answer)
+        return self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
 
     def show_affected(self, name: str, said: dict, answer: dict):
         """The form of a maintenance again, with whom it would affect."""
@@ -27729,13 +27769,9 @@ class Admin(Visit):
     def put_off(self, name: str, said: dict, asked: dict, answer) -> tuple[str, float]:
         """Lets what was tried be done in a moment: what takes it back, and for how long."""
         whole = name == 'delete' and not said.get('occurrence') or name == 'reject'
-        first = answer if isinstance(answer, dict) else answer[0]
-        about = said['label'], first['project'], 0 if whole else first['id']
-        return self.later([(name, asked)], [about])
-
-    def undo_of(self, name: str, answer) -> tuple[str, float]:
-        """What takes back what was done, and for how long."""
-        return self.way_back(answer) if name in ('update', 'extend', 'keep') else ('', 0)
+        about = {(each['label'], each['project'], 0 if whole else each['id']): name
+                 for each in lines_of(answer)}
+        return self.later([(name, asked)], [*about])
 
     def tell_done(self, onward: str, words: str, undo: tuple[str, float], answer, once: str):
         """The page after something was done; a secret is shown this once."""
@@ -27785,12 +27821,11 @@ class Admin(Visit):
 
     def running(self, said: dict) -> str:
         """The VMs that a form would end, in words; '' if none run."""
-        about = {name: said[name] for name in ('label', 'project', 'occurrence') if said.get(name)}
         try:
-            found = self.service.show(**bind(API['show'], about, self.here))
+            found = lines_of(self.shown_of(said.get('label', ''), said))
         except Error:  # the operation says why
             return ''
-        names = [each['name'] for part in found.get('parts', [found]) for each in part['servers']]
+        names = [each['name'] for part in found for each in part['servers']]
         return names and f"{counted(len(names), 'VM')} running now: {', '.join(names[:20])}." or ''
 
     def are_you_sure(self, operation: Operation, given: dict, said: dict, back: str, ends: str):
@@ -27819,47 +27854,49 @@ class Admin(Visit):
                                                      (typed[0], said[typed[0]])))
 
 
-#: The address of each page, and which method of which class shows it; which of them are for people
-#: who have signed in.
-ROUTES = {
-    PlanPage: ({'GET /': 'plan'}, True),
-    Lists: ({'GET /list': 'list', 'GET /r/<label>': 'reservation', 'GET /r/<label>/live': 'live',
-             'POST /r/<label>/share': 'share', 'GET /notices': 'notices',
-             'POST /notices': 'mark_read', 'GET /docs': 'docs'}, True),
-    BookForm: ({'GET /book': 'book', 'POST /book': 'send', 'GET /book/check': 'check',
-               'GET /book/small': 'small', 'GET /r/<label>/change': 'change',
-               'POST /r/<label>/change': 'send', 'GET /r/<label>/try': 'try_change',
-               'GET /r/<label>/change/check': 'check'}, True),
-    Admin: ({'GET /admin': 'admin', 'GET /admin/use': 'used_page', 'GET /admin/<tab>': 'admin',
-             'POST /admin/decide': 'decide', 'POST /admin/people': 'make_tokens',
-             'GET /tokens': 'tokens', 'POST /do/<name>': 'do', 'POST /undo': 'undo'}, True),
-    SignIn: ({'GET /sign-in': 'ask', 'POST /sign-in': 'by_token',
-              'POST /sign-in/keystone': 'at_keystone', 'GET /sign-in/oidc/begin': 'begin_oidc',
-              'GET /sign-in/oidc': 'end_oidc', 'POST /sign-out': 'sign_out',
-              'POST /zone': 'choose_zone'}, False),
-    type('Shared', (Lists,), {}): ({'GET /s/<secret>': 'shared',
-                                    'GET /s/<secret>/live': 'shared_live'}, False)}
+#: Which methods of a class show the pages of which addresses, and whether these are for people who
+#: have signed in.
+ROUTES = [
+    (PlanPage, True, {'GET /': 'plan'}),
+    (Lists, True, {
+        'GET /list': 'list', 'GET /r/<label>': 'reservation', 'GET /r/<label>/live': 'live',
+        'POST /r/<label>/share': 'share', 'GET /notices': 'notices', 'POST /notices': 'mark_read',
+        'GET /docs': 'docs'}),
+    (Lists, False, {'GET /s/<secret>': 'shared', 'GET /s/<secret>/live': 'shared_live'}),
+    (BookForm, True, {
+        'GET /book': 'book', 'POST /book': 'send', 'GET /book/check': 'check',
+        'GET /book/small': 'small', 'GET /r/<label>/change': 'change',
+        'POST /r/<label>/change': 'send', 'GET /r/<label>/try': 'try_change',
+        'GET /r/<label>/change/check': 'check'}),
+    (Admin, True, {
+        'GET /admin': 'admin', 'GET /admin/use': 'used_page', 'GET /admin/<tab>': 'admin',
+        'POST /admin/decide': 'decide', 'POST /admin/people': 'make_tokens',
+        'GET /tokens': 'tokens', 'POST /do/<name>': 'do', 'POST /undo': 'undo'}),
+    (SignIn, False, {
+        'GET /sign-in': 'ask', 'POST /sign-in': 'by_token',
+        'POST /sign-in/keystone': 'at_keystone', 'GET /sign-in/oidc/begin': 'begin_oidc',
+        'GET /sign-in/oidc': 'end_oidc', 'POST /sign-out': 'sign_out',
+        'POST /zone': 'choose_zone'})]
 
 
 def asked_by(operation: Operation, said: dict, visit: Visit) -> dict:
-    """What a form asks for: not what it has shown and nobody has changed."""
+    """What a form asks for: not what it has shown, which is nothing where it does not say so."""
     zone = {'tz': visit.zone.key} if 'tz' in operation.parameters else {}
     return zone | {name: value for name, value in said.items()
-                   if value != '' and not name.startswith('was_')
-                   and said.get(f'was_{name}') != value}
+                   if not name.startswith('was_') and value != said.get(f'was_{name}', '')}
 
 
 def told_done(name: str, said: dict, answer) -> str:
     """What a form has done, in a sentence."""
-    about = next((said[key] for key in ('rename', 'label', 'name', 'id', 'user', 'cloud')
-                  if said.get(key)), '')
+    about = next((f"'{said[key]}'" for key in ('rename', 'label', 'name', 'id', 'user', 'cloud',
+                                               'resource', 'project') if said.get(key)), 'It')
     hit = answer.get('hit', []) if isinstance(answer, dict) else []
     told = ', '.join(f"{each['label']} of {each['user']} ({each['outcome']})" for each in hit[:20])
     warned = [each for line in answer for each in line.get('warnings', ())
               ] if name == 'delete' else []
     done = 'has the occurrence again' if said.get('undo') else (
         ACTS[name].done if name in ACTS else 'is done')
-    return '; '.join([f"'{about}' {done}", *warned]) + (f'; it affects {told}' if hit else '')
+    return '; '.join([f'{about} {done}', *warned]) + (f'; it affects {told}' if hit else '')
 
 
 def what_starts(visit: Visit, found: dict) -> str:
@@ -27883,12 +27920,6 @@ def track_of(visit: Visit, found: dict) -> tuple | None:
     return words, round(96 * done, 2), [(2, 'start', 18, visit.plain(begin)),
                                         (98, 'end', 18, visit.plain(end)),
                                         (50, 'middle', 70, words)]
-
-
-def days_left_out(text: str, here: Here) -> str:
-    """Days that people name, as `skip_dates` has them."""
-    found = [read_day(each.strip(), here) for each in text.split(',') if each.strip()]
-    return ','.join(f'{each:%Y-%m-%d}' for each in found if isinstance(each, date))
 
 
 def months_of(outcomes: dict[date, str]) -> list[tuple[str, list]]:
@@ -27983,7 +28014,7 @@ def kind_told(schema: dict) -> str:
 
 def mount_pages(pages: Pages, app) -> None:
     """Gives an application the addresses of all pages."""
-    for kind, (handlers, signed_in) in ROUTES.items():
+    for kind, signed_in, handlers in ROUTES:
         for address, name in handlers.items():
             verb, path = address.split()
             app.route(path, verb, pages.visited(kind, name, signed_in))

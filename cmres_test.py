@@ -10270,7 +10270,7 @@ def test_on_the_page_an_admin_sees_and_approves_a_change_of_what_runs(world, run
     form.submit()
     assert 'decide_before' in app.get('/admin').text
     form = form_of(app.get('/admin'), '/admin/decide')
-    form['pick lab'] = 'yes'
+    form['pick lab biology'] = 'yes'
     form.submit('do', index=0, status=303)
     assert running.show('lab')['end'] == NOON + hours(6)
 
@@ -21138,11 +21138,11 @@ def test_admins_look_after_everything_on_one_page(world):
         book(world.as_user(), label, start=1, end=2, resource='gpu')
     form = form_of(visitor.get('/admin'), '/admin/decide')
     assert 'Select at least one' in form.submit('do', index=0, status=400)
-    form['pick lab'], form['pick other'] = 'yes', 'yes'
+    form['pick lab biology'], form['pick other biology'] = 'yes', 'yes'
     assert '2 requests approved' in form.submit('do', index=0, status=303).follow()
     assert world.state('lab') == world.state('other') == 'reserved'
     form = form_of(visitor.get('/admin'), '/admin/decide')
-    form['pick third'] = 'yes'
+    form['pick third biology'] = 'yes'
     assert 'Write a reason' in form.submit('do', index=1, status=400)
     form['reason'] = 'exam week'
     form.submit('do', index=1, status=303)
@@ -21154,6 +21154,58 @@ def test_admins_look_after_everything_on_one_page(world):
     form_of(visitor.get('/admin/maintenance'), '/do/maintenance_delete').submit(status=303)
     form_of(visitor.get('/admin/people'), '/do/limit_delete').submit(status=303)
     assert world.service.maintenance_list() == [] and world.service.limit_list() == []
+
+
+def test_of_two_requests_of_one_name_the_one_that_is_selected_is_decided(world):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, approval=timedelta(days=2))
+    users = world.as_user(), world.as_user('tom', 'physics of solids')
+    for user in users:
+        book(user, resource='gpu')
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin'), '/admin/decide')
+    form['pick lab biology'] = 'yes'
+    form.submit('do', index=0, status=303)
+    assert [user.list()[0]['state'] for user in users] == ['reserved', 'pending']
+    form = form_of(visitor.get('/admin'), '/admin/decide')
+    form['pick lab physics of solids'] = 'yes'
+    refused = form_of(form.submit('do', index=1, status=400), '/admin/decide')  # no reason
+    assert refused['pick lab physics of solids'].checked
+    form.submit('do', index=0, status=303)
+    assert [user.list()[0]['state'] for user in users] == ['reserved', 'reserved']
+
+
+def test_what_a_form_has_made_is_named(world):
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    for fields, said in (({'project': 'biology'}, "'biology' is set"), ({}, 'It is set'), ({'resource': 'demo'}, "'demo' is set")):
+        form = form_of(visitor.get('/admin/people'), '/do/limit_add')
+        for name, value in (fields | {'max_vms': '3'}).items():
+            form[name] = value
+        assert form.submit(status=303).follow().html.select('.toast')[0].text.strip() == said
+
+
+def test_what_an_operator_empties_is_empty_then_or_refused_in_words(world):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, default_image='cirros', default_flavor='m1.tiny')
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin/resources?edit=gpu'), '/do/resource_update')
+    form['default_image'], form['default_flavor'] = '', ''
+    form.submit(status=303)
+    found = world.service.resource_list()[-1]
+    assert (found['name'], found['default_image'], found['vms']) == ('gpu', '', 4)
+    form['vms'] = ''
+    assert 'VMs: ' in form.submit(status=400).html.select('.refused')[0].text and world.service.resource_list()[-1]['vms'] == 4
+
+
+def test_what_was_done_is_told_in_any_language_within_what_browsers_keep(world):
+    world.service.resource_add('wide', vms=99)
+    for n in range(20):
+        book(world.as_user('й' * 90), f'hit-{n}', start=100, end=101, resource='wide')
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    form = form_of(visitor.get('/admin/maintenance'), '/do/maintenance_add')
+    form['resource'], form['start'], form['end'], form['affected'] = 'wide', '2026-12-05T10:00', '+24h', 'cancel'
+    answer = form.submit(status=303)
+    assert len(answer.headers['Set-Cookie']) < 4000
+    told = answer.follow().html.select('.toast')[0].text
+    assert re.search(r"'wide' is planned; it affects hit-\d+ of йй", told), told
 
 
 def test_what_waits_for_a_word_can_get_it_on_the_page(world):
@@ -21257,6 +21309,34 @@ def test_what_is_not_there_or_makes_no_sense_is_said_on_a_page(world, path):
     book(world.as_user(), start=1, end=2)
     answer = as_visitor(world).get(path, status='*')
     assert answer.status_int in (200, 400, 404) and 'Traceback' not in answer
+
+
+@pytest.mark.parametrize('deed, label', [('delete', 'parts'), ('reject', 'parts'), ('reject', 'parts-2')])
+def test_a_request_of_several_parts_is_cancelled_or_rejected_as_a_whole_and_undone(world, deed, label):
+    world.service.resource_add('gpu', cloud='simulated', vms=4, approval=timedelta(days=2))
+    book(world.as_user(), 'parts', start=20, end=21, resource='-', part=['demo:1', 'gpu:2'])
+    visitor = as_visitor(world, 'root', 'default', 'admin')
+    asked = {'label': label, 'project': 'biology', 'form': form_of(visitor.get('/list'), '/sign-out')['form'].value}
+
+    def do():
+        return visitor.post(f'/do/{deed}', asked | ({'reason': 'no'} if deed == 'reject' else {}), status=303).follow()
+    page = do()
+    assert [each.text for each in visitor.get('/r/parts?project=biology').html.select('td .state')] == ['cancelled', 'cancelled']
+    undo_form(page).submit(status=303)
+    let_undo_pass(world)
+    assert [each['state'] for each in world.service.show('parts')['parts']] == ['reserved', 'pending']
+    do()
+    let_undo_pass(world)
+    assert {each['state'] for each in world.service.show('parts')['parts']} == {'cancelled'}
+
+
+def test_only_what_can_be_previewed_is_checked_by_a_form(world):
+    book(world.as_user())
+    visitor = as_visitor(world, role='admin')
+    guard = form_of(visitor.get('/list'), '/sign-out')['form'].value
+    asked = {'label': 'lab', 'project': 'biology', 'by': '1h', 'check': 'yes', 'form': guard}
+    assert "no argument 'check'" in visitor.post('/do/extend', asked, status=400).html.text
+    assert visitor.post('/do/limit_delete', {'id': '7', 'form': guard, 'check': 'yes'}, status=400)
 
 
 def test_a_form_that_is_too_large_or_not_utf8_is_refused(world):
@@ -21402,6 +21482,18 @@ def test_an_occurrence_that_is_moved_leads_on_to_a_page_that_is_there(world):
     form = change_form(occurrence_page(as_visitor(world), 'class', 3))
     form['start'], form['end'] = '2026-12-05T10:00', '2026-12-05T11:00'
     assert form.submit(status=303).follow(status='*').status_int == 200
+
+
+def test_the_page_of_a_series_is_shown_while_others_move_what_is_on_it(world, monkeypatch):
+    book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
+    visitor, show = as_visitor(world), cmres.Reservations.show
+
+    def and_moved(self, **asked):
+        answer = show(self, **asked)
+        world.service.update('class', start=NOON + hours(60), end=NOON + hours(61), occurrence=NOON + hours(58))
+        return answer
+    monkeypatch.setattr(cmres.Reservations, 'show', and_moved)
+    assert len(visitor.get('/r/class').html.select('#live td[data-name=start]')) == 3
 
 
 def test_machines_can_be_changed_of_a_series_that_is_on(world):
@@ -21754,6 +21846,22 @@ def test_without_segno_there_is_no_qr_code_and_with_it_there_is(monkeypatch):
     assert cmres.qr_code('https://example.org') == ''
 
 
+@pytest.mark.parametrize('words', ['22 d', '12:00-13:00', 'x', '2200-01-01', '\u202e'])
+def test_dates_to_leave_out_that_are_none_are_refused_in_words(world, words):
+    visitor = as_visitor(world)
+    said = visitor.get('/book/check?' + urlencode({'resource': 'demo', 'label': 'class', 'start': '2026-12-02T09:00', 'end': '+1h', 'what': 'hold',
+                                                   'repeat': 'daily', 'until': '2026-12-06', 'skip_dates': words}))
+    assert said.html.select('h2')[0].text == 'It can’t be booked like this' and 'Not on: ' in said.html.text
+
+
+def test_dates_that_are_left_out_are_marked(world):
+    said = as_visitor(world).get('/book/check?' + urlencode({
+        'resource': 'demo', 'label': 'class', 'start': '2026-12-20T09:00', 'end': '+1h', 'what': 'hold', 'repeat': 'daily', 'until': '2026-12-24',
+        'skip_dates': '22 dec, 2026-12-23'}))
+    assert 'It fits: 3 dates' in said.html.text
+    assert [each.text for each in said.html.select('td .out')] == ['22left out', '23left out']
+
+
 @pytest.mark.parametrize('line, fields, start, end', [
     ('15 ubuntu every tue 10-12 until 23 feb not 22 dec',
      {'vms': '15', 'image': 'ubuntu-24.04', 'repeat': 'every tue', 'until': '23 Feb 2027', 'skip_dates': '22 Dec 2026'},
@@ -21788,6 +21896,15 @@ def test_what_is_not_understood_of_a_line_is_told_and_nothing_is_lost(world):
     page = as_visitor(world).get('/book?' + urlencode({'q': '3 windoze every tue 10-12 until caturday'}))
     assert [each.text for each in page.html.select('.said .no')] == ['not understoodwindoze caturday']
     assert page.html.select('.ask input')[0]['value'] == '3 windoze every tue 10-12 until caturday'
+
+
+@pytest.mark.parametrize('line', ['2 vms on 2200-01-01', '0001-01-01', '2 vms for 5000000 weeks', '2 vms for 1h 1h', '22-2 9999-12-31',
+                                  '2 vms for 2h before 9999-12-31'])
+@pytest.mark.parametrize('field', ['q', 'find'])
+def test_a_line_of_times_that_are_none_is_refused_in_words(world, field, line):
+    page = as_visitor(world).get('/book?' + urlencode({field: line}), status=400)
+    assert re.search('is not|is longer than', page.html.select('.refused')[0].text)
+    assert page.html.select(f'.ask [name={field}]')[0]['value'] == line
 
 
 def test_a_last_date_that_is_not_understood_is_no_first_one():
@@ -21969,7 +22086,7 @@ def test_the_form_of_one_occurrence_changes_that_one_or_also_those_after_it(worl
 def test_what_looks_the_same_is_drawn_once():
     line = cmres.TimeLine('week', NOON, zoneinfo.ZoneInfo('UTC'))
     levels = [cmres.Level(60 * n, share, 9, 0, False) for n, share in enumerate((0.5, 0.501, 0.502, 0, 0.5, 0.9))]
-    shapes = cmres.drawn_use(levels, line, False)
+    shapes = cmres.drawn_use(levels, line)
     assert [(height, level) for *_, height, level in shapes] == [(14, 3), (14, 3), (25, 5)]
     assert shapes[0][:2] == line.extent(0, 180)
 
@@ -22374,6 +22491,47 @@ def test_in_a_browser_flavors_are_those_of_the_chosen_resource(world, browse):
     expect(flavors).to_have_count(0)
 
 
+def test_in_a_browser_a_change_is_checked_and_stays_one_on_another_resource(world, browse):
+    from playwright.sync_api import expect
+    world.service.resource_add('bare', vms=4)
+    book(world.as_user(), start=1, end=5, flavor='m1.small', image='cirros')
+    page = browse()
+    signs_in(world, page, path='/r/lab')
+    page.get_by_role('link', name='Change').click()
+    page.get_by_label('VMs', exact=True).fill('3')
+    expect(page.locator('#verdict')).to_contain_text('3 VMs (m1.small, cirros) on demo start')
+    page.get_by_label('Resource').select_option('bare')
+    page.wait_for_url('**/r/lab/change?**')
+    expect(page.get_by_label('VMs', exact=True)).to_have_value('3')
+    expect(page.locator('#verdict')).to_contain_text('Change')
+    assert world.service.show('lab')['resource'] == 'demo'
+
+
+def test_in_a_browser_the_script_runs_on_a_form_without_a_resource(world, browse):
+    from playwright.sync_api import expect
+    book(world.as_user(), start=0, end=5, flavor='m1.small', image='cirros')
+    world.at(0), world.at(0.1)
+    page = browse()
+    signs_in(world, page, path='/r/lab/change')
+    page.get_by_label('VMs', exact=True).fill('17')
+    expect(page.locator('#verdict')).to_contain_text("'demo' has 16 VMs in total")
+
+
+def test_in_a_browser_an_end_that_is_dragged_before_the_start_stays_behind_it(world, browse):
+    from playwright.sync_api import expect
+    book(world.as_user(), start=24 - 2, end=24 + 5)  # Wed 2 Dec, 10 to 17
+    page = browse()
+    signs_in(world, page)
+    bar = page.locator('a.b[data-a] rect').first.bounding_box()
+    page.mouse.move(bar['x'] + bar['width'] - 2, bar['y'] + 10)
+    page.mouse.down()
+    page.mouse.move(bar['x'] - 40, bar['y'] + 10)
+    expect(page.locator('.read')).to_contain_text('Wed 10:00–10:15 · fits')
+    with page.expect_navigation():
+        page.mouse.up()
+    assert world.service.show('lab')['end'] == NOON + hours(22.25)
+
+
 def test_in_a_browser_long_names_fit_a_phone(world, browse):
     world.service.resource_add('n' * 64, cloud='c' * 60, region='r' * 60, vms=1_000_000)
     page = browse(width=360)
@@ -22457,6 +22615,24 @@ def test_in_a_browser_ones_own_bar_is_dragged_tried_and_taken_back(world, browse
     with page.expect_navigation():
         page.mouse.up()
     assert world.service.show('lab')['end'] == NOON + hours(25)
+
+
+def test_in_a_browser_what_runs_is_made_longer_by_its_end_whatever_second_it_began(world, browse):
+    from playwright.sync_api import expect
+    start = NOON + timedelta(seconds=55)
+    world.as_user().add('lab', 'demo', start, start + hours(4), flavor='m1.small', image='cirros')
+    world.at(0.02), world.at(0.1)
+    page = browse()
+    signs_in(world, page)
+    bar = page.locator('a.b[data-a] rect').first.bounding_box()
+    page.mouse.move(bar['x'] + bar['width'] - 2, bar['y'] + 10)
+    page.mouse.down()
+    page.mouse.move(bar['x'] + bar['width'] + 20, bar['y'] + 10, steps=5)
+    expect(page.locator('.read')).to_contain_text('fits, 15 VMs free')
+    with page.expect_navigation():
+        page.mouse.up()
+    found = world.service.show('lab')
+    assert found['start'] == start and found['end'] > start + hours(4)
 
 
 def test_in_a_browser_a_finger_that_rests_drags_and_one_that_moves_scrolls(world, browse):
@@ -31147,7 +31323,8 @@ def test_a_sign_in_is_of_the_browser_that_began_it_and_good_once(provider):
     web, other = provider.web, webtest.TestApp(provider.web.app)
     back = provider.authorize(sent_to(provider))
     assert 'not started here' in other.get('/sign-in/oidc', back, status=401)
-    assert 'not signed in' in web.get('/sign-in/oidc', back | {'state': 'x'}, status=401)
+    for state in ('x', 'é', ''):
+        assert 'not signed in' in web.get('/sign-in/oidc', back | {'state': state}, status=401)
     sent_to(provider, other)
     assert 'not signed in' in other.get('/sign-in/oidc', back, status=401)  # another state, and verifier
     assert 'denied' in web.get('/sign-in/oidc', {'error': 'denied', 'state': back['state']}, status=401)
