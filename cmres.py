@@ -7426,7 +7426,7 @@ def free_slots(place, amount: Amount, of, after: int, before: float,
             left -= 1
             ends = [end for end in (*cuts, until) if end > at + length]
             first = need._replace(begin=int(at), until=int(at + length))
-            if ends and ends[-1] > latest and first_fit(first) is not None:
+            if until > latest and first_fit(first) is not None:
                 fit = bisect_left(ends, True, key=lambda end: first_fit(
                     first._replace(until=int(end))) is None)
                 latest = ends[fit - 1] if fit else at + length

@@ -13606,6 +13606,14 @@ def test_vms_of_a_host_that_is_down_are_made_anew_at_once(racks, monkeypatch):
     assert {each.uid for each in cmres.rows("SELECT uid FROM server WHERE state = 'active'")} == after
 
 
+def test_a_gap_that_is_just_long_enough_is_found_on_hosts_too(racks):
+    for begin, end in ((0, 1), (3, 5)):
+        gpus(racks, f'at-{begin}', 'g8', 2, start=begin, end=end)
+    for length, start, until in ((2, 1, 3), (3, 5, None)):
+        slot = racks.service.find('gpu', hours(length), vms=2, flavor='g8')[0]
+        assert slot['start'] == NOON + hours(start) and slot['until'] == (NOON + hours(until) if until else slot['until'])
+
+
 def test_free_slots_are_those_in_which_hosts_are_free(racks):
     gpus(racks, 'a', 'g5', vms=2, start=0, end=3)
     gpus(racks, 'b', 'g5', vms=1, start=3, end=6)
