@@ -9099,7 +9099,8 @@ class Keystone:
             answer = self.session.request(
                 verb, f'{url}/v3/auth/tokens?nocatalog', timeout=patience, verify=verify,
                 allow_redirects=False, **what)
-            if answer.status_code in (401, 403, 404):
+            # 400 or 431 as well: a token that is none keeps nobody else from Keystone
+            if answer.status_code // 100 == 4 and answer.status_code not in (408, 429):
                 return self.refused(refusal)
             answer.raise_for_status()
             return self.read(answer.json()['token'])

@@ -18782,6 +18782,14 @@ def test_while_keystone_is_down_known_tokens_go_on_until_their_end(known, fault)
     known.get(token, status=503)
 
 
+@pytest.mark.parametrize('fault', ['400', '431'])
+def test_a_token_that_no_keystone_takes_keeps_nobody_else_from_it(known, fault):
+    """It is longer than headers may be there, say."""
+    known.nova.faults['GET /auth/tokens'] = [fault]
+    assert 'openstack token issue' in known.get('made-up', status=401)['error']
+    known.get(known.nova.issue())
+
+
 def test_a_keystone_that_is_not_in_clouds_yaml_is_told_in_the_log(known, caplog):
     known.world.config.take(keystone='nosuch')
     for _ in range(2):
