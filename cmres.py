@@ -8308,6 +8308,14 @@ class OpenStack(Cloud):
                              sure or 400 <= status < 500 and status != 408, status=status,
                              **details) from error
 
+    @contextmanager
+    def trying(self):
+        """A part of a verb: where a cloud fails, the log tells of it, and the rest is done."""
+        try:
+            yield
+        except CloudError as error:
+            log.warning('%s', error)
+
     def find(self, kind, name, sight=EVERYTHING):
         key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
         found, thing = self.found.get(key, (oldest, None))
@@ -8440,11 +8448,8 @@ class OpenStack(Cloud):
         with self.calling('list servers', sure=True) as cloud:
             found = [*cloud.compute.servers(tags=self.store)]
             for tend in filter(None, (each.tend for each in MADE_OF.values())):
-                try:
-                    with self.telling('look after the servers'):
-                        tend(cloud, self.store, found)
-                except CloudError as error:  # they are there all the same
-                    log.warning('%s', error)
+                with self.trying(), self.telling('look after the servers'):
+                    tend(cloud, self.store, found)  # they are there all the same
             return [self.seen(server) for server in found]
 
     def seen(self, server) -> Seen:
@@ -8629,15 +8634,15 @@ class OpenStack(Cloud):
         with self.calling('lend what is reserved') as cloud:
             for kind, things in wanted.items():
                 verbs = getattr(cloud, self.LENT[kind][0])
-                ours = self.lent(kind, verbs)  # two server groups may have one name
-                for id in [id for name, id in ours if name not in things]:
-                    self.take_back(kind, verbs, id)
-                answer[kind] = there = {name: id for name, id in ours if name in things}
+                ours = [*self.lent(kind, verbs, things)]  # two server groups may have one name
+                answer[kind] = there = dict(ours)
+                for name, id in [each for each in ours if each[0] not in things]:
+                    with self.trying(), self.calling(f'take back the {kind} {name}'):
+                        self.take_back(kind, verbs, id)
+                        there.pop(name, None)
                 for name in [each for each in things if each not in there and things[each].make]:
-                    try:
+                    with self.trying():
                         there[name] = self.lend_one(kind, name, things[name])
-                    except CloudError as error:  # the others shall have theirs
-                        log.warning('%s', error)
         return answer
 
     def lend_one(self, kind: str, name: str, lent: Lent) -> str:
@@ -8645,16 +8650,20 @@ class OpenStack(Cloud):
         with self.calling(f'lend the {kind} {name}') as cloud:
             return getattr(self, f'lend_{kind}')(getattr(cloud, self.LENT[kind][0]), name, lent)
 
-    def lent(self, kind: str, verbs) -> list[tuple[str, str]]:
-        """The names and ids of what is lent of a kind."""
+    def lent(self, kind: str, verbs, things: dict[str, Lent]) -> Iterator[tuple[str, str]]:
+        """The names and ids of what is lent of a kind; '' of an address that another project is to
+        have by now."""
         _, listing, which, _, mark, name = self.LENT[kind]
         there = [*getattr(verbs, listing)(**which)]
         if kind == 'aggregate':
-            return [(f'{each.name} {host}', f'{each.id} {host}') for each in there
-                    if (each.metadata or {}).get(LENT_BY) == self.store
-                    for host in each.hosts or ['']]
-        ours = [each for each in there if (getattr(each, mark) or '').startswith(self.store)]
-        return [(getattr(each, name).removeprefix(f'{self.store} '), each.id) for each in ours]
+            yield from ((f'{each.name} {host}', f'{each.id} {host}') for each in there
+                        if (each.metadata or {}).get(LENT_BY) == self.store
+                        for host in each.hosts or [''])
+            return
+        for each in [each for each in there if (getattr(each, mark) or '').startswith(self.store)]:
+            its = getattr(each, name).removeprefix(f'{self.store} ')
+            stays = kind != 'address' or its in things and things[its].project == each.project_id
+            yield its if stays else '', each.id
 
     def take_back(self, kind: str, verbs, id: str) -> None:
         """Takes back something that is lent; the last host of an aggregate goes with it."""
@@ -8673,12 +8682,20 @@ class OpenStack(Cloud):
         return f'{found.id} {host}'
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
+        from openstack.exceptions import ConflictException
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
-        compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
-                              disk=like.disk, is_public=False, description=self.store)
-        if specs := lent.like and compute.fetch_flavor_extra_specs(like).extra_specs:
-            compute.create_flavor_extra_specs(id, specs)
-        compute.flavor_add_tenant_access(id, lent.project)
+        specs = lent.like and compute.fetch_flavor_extra_specs(like).extra_specs
+        try:
+            compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
+                                  disk=like.disk, is_public=False, description=self.store)
+            if specs:
+                compute.create_flavor_extra_specs(id, specs)
+            compute.flavor_add_tenant_access(id, lent.project)
+        except ConflictException:  # another process has made it
+            raise
+        except Exception:  # of any kind: the next look would take half of it for the whole
+            compute.delete_flavor(id, ignore_missing=True)
+            raise
         return id
 
     def lend_server_group(self, compute, name: str, lent: Lent) -> str:
@@ -19224,9 +19241,10 @@ class Lender:
         before, has = self.lent.get((result.cloud, result.account), {}), {}
         for kind, things in result.target.items():
             ids = (result.answer or {}).get(kind, {})
-            has[kind] = {name: lent for name, lent in things.items()
-                         if name in ids or not lent.make}
-            for name in ids.keys() & has[kind].keys() - before.get(kind, {}).keys():
+            has[kind] = {name: things.get(name) for name in {**things, **ids}
+                         if name in ids or not things[name].make}
+            had = before.get(kind, {})
+            for name in [each for each in ids if each in things and things[each] != had.get(each)]:
                 note_lent(things[name], name if kind == 'address' else kind, ids[name])
         self.lent[result.cloud, result.account] = has
         if has != result.target:

@@ -19681,6 +19681,18 @@ def test_floating_ips_are_reserved_as_many_as_asked_for_and_those_that_must_be(a
     assert [each['hypervisor_hostname'] for each in addresses.call('GET', '/os-hosts')['hosts']] == ['gpu']
 
 
+def test_a_floating_ip_goes_from_one_project_to_the_next_where_one_lease_begins_as_another_ends(addresses, nova):
+    ann, bob = addresses.as_user('ann', 'chem', 'user'), addresses.as_user('bob', 'phys', 'user')
+    ann.make(floating(1, wan=addresses.wan, required_floatingips=['203.0.113.0']), start='now', end='2026-12-01 13:00')
+    his = bob.make(floating(1, wan=addresses.wan, required_floatingips=['203.0.113.0']))
+    live(addresses.world, 5)
+    assert [each['project_id'] for each in nova.floating.values()] == ['chem']
+    addresses.world.at(1.01)
+    made, = nova.floating.values()
+    assert (made['project_id'], made['tags'][1]) == ('phys', f"reservation:{his['reservations'][0]['id']}")
+    assert bob.get(his)['status'] == 'ACTIVE'
+
+
 def test_no_vms_are_reserved_on_floating_ips(addresses):
     service = addresses.world.service
     place, = (each['name'] for each in service.resource_list() if each['name'] != 'gpu')
@@ -30589,6 +30601,38 @@ def test_a_lease_that_is_active_has_a_flavor_in_nova_where_that_is_wanted(hosts,
     assert len(nova.lent) == 1
     world.at(3.5)
     assert nova.lent == {}
+
+
+@pytest.mark.parametrize('fault', ['500 before', '500 after'])
+@pytest.mark.parametrize('step', ['', '/{0}/action', '/{0}/os-extra_specs'])
+def test_a_flavor_that_could_not_be_made_whole_is_made_anew(hosts, nova, step, fault):
+    world = hosts.world
+    world.service.resource_sync('admin', ['gpu'], flavors=True)
+    lease = hosts.make({'resource_type': 'flavor:instance', 'flavor_id': 'g1', 'amount': 1}, start='now', end='2026-12-01 13:00')
+    part = lease['reservations'][0]['id']
+    nova.faults[f'POST /flavors{step}'.format(part)] = [fault]
+    live(world, 5)
+    assert hosts.get(lease)['status'] == 'STARTING'
+    live(world, 40)
+    made, = nova.lent.values()
+    assert made['to'] == ['default'] and made['extra_specs'] == {'resources:CUSTOM_GPU': '1', 'hw:x': 'y'}
+    assert hosts.get(lease)['status'] == 'ACTIVE'
+
+
+def test_what_a_cloud_does_not_take_back_keeps_no_other_lease_from_its_own(hosts, nova):
+    world = hosts.world
+    world.service.resource_sync('admin', ['gpu'], flavors=True)
+    one = hosts.make(instances(1), start='now', end='2026-12-01 13:00')
+    other = hosts.make(instances(1), start='2026-12-01 13:00', end='2026-12-01 14:00')
+    first, second = (each['reservations'][0]['id'] for each in (one, other))
+    live(world, 5)
+    nova.faults[f'DELETE /flavors/{first}'] = ['500 before'] * 2
+    world.now = (NOON + hours(1)).timestamp()
+    live(world, 5)
+    assert {*nova.lent} == {first, second} and hosts.get(other)['status'] == 'ACTIVE'
+    for _ in range(2):
+        live(world, 35)
+    assert {*nova.lent} == {second}
 
 
 def test_a_lease_with_affinity_has_a_server_group_of_its_owners_project(hosts, nova):
