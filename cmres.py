@@ -9468,9 +9468,10 @@ FORMULA = Pattern('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
 
 
 def as_csv(lines: list[dict]) -> str:
-    out = io.StringIO()
+    out, names = io.StringIO(), dict.fromkeys(itertools.chain(*lines))  # lines may have their own
     writer = csv.writer(out, lineterminator='\n')
-    writer.writerows([*lines[:1], *(map(csv_cell, line.values()) for line in lines)])
+    writer.writerow(names)
+    writer.writerows([csv_cell(line.get(name)) for name in names] for line in lines)
     return out.getvalue().rstrip('\n')
 
 

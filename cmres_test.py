@@ -23840,6 +23840,15 @@ def test_end_ends_now_as_agreed_and_gives_back_the_rest(world):
     assert world.service.list('lab')[0]['state'] == 'ended' and world.service.servers(kept=True)
 
 
+def test_lines_of_several_kinds_have_all_of_their_columns_as_csv(run, monkeypatch):
+    monkeypatch.setenv('CMRES_PRIVATE_ADDRESSES', 'true')
+    run('calendar', 'feed', '--user', 'eva', '--project', 'biology')
+    run('calendar', 'subscribe', 'https://127.0.0.1/eva.ics')
+    feed, subscription = csv.DictReader(io.StringIO(run('calendar', 'list', '--format=csv')[1]))
+    assert feed.keys() == subscription.keys() and (feed['kind'], feed['fault'], feed['polled']) == ('feed', '', '')
+    assert (subscription['kind'], subscription['shows'], subscription['needs_confirmation']) == ('subscription', '127.0.0.1', '')
+
+
 def test_what_is_listed_as_csv_can_be_loaded_again(filled, tmp_path):
     filled('add', 'lab', 'demo', '2190-01-01T09:00', '+2h', '--vms=3', '--notify=https://example.org/a', '--lead=5m',
            '--metadata=k=v', '--description=a, b')
