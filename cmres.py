@@ -7699,9 +7699,15 @@ MOVES_ALONE = ('NOT EXISTS (SELECT 1 FROM extra_hold x WHERE x.reservation_id = 
 
 class Replans(threading.local):
     """What this thread's rehearsals found, by need, for the transaction after them."""
-    found: dict = {}
-    made: list = []  # the moves that have made room for what is decided now
-    searches = 0  # so many may still be made; none where a quick answer is wanted
+
+    def __init__(self):
+        self.begin(0)
+
+    def begin(self, searches: int) -> None:
+        """Forgets what was before; so many searches may be made; 0: a quick answer is wanted."""
+        self.found: dict = {}
+        self.made: list = []  # the moves that have made room for what is decided now
+        self.searches = searches
 
 
 replans = Replans()
@@ -11282,7 +11288,7 @@ class Service:
                 if not dry_run:
                     self.answered(answer)
                 return answer
-        replans.found, replans.searches = {}, SEARCHES
+        replans.begin(SEARCHES)
         if dry_run:
             return persist(done, None)
         for _ in range(3):
@@ -11291,7 +11297,7 @@ class Service:
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
-            replans.found, replans.searches = {}, SEARCHES
+            replans.begin(SEARCHES)
             with self.shares.paced(), self.writing(dry_run=True) as now:
                 deed(now)  # where it is not refused, somebody has given something back meanwhile
         raise NoCapacity(A_MOMENT_AGO)
@@ -15631,7 +15637,7 @@ class Plan(Operations):
                      searches: int = SEARCHES) -> list:
         """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; its answers
         end with lines, and without any line there is nothing to do."""
-        replans.found, replans.searches = {}, searches
+        replans.begin(searches)
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
                 done = deed(now)
@@ -16045,7 +16051,7 @@ class Plan(Operations):
                         dry_run: bool, host: str = '') -> dict:
         """Gives a resource another capacity for a while, without `most` none, or closes a host."""
         refuse_unknown_word('affected', then, THEN)
-        replans.found, replans.searches = {}, SEARCHES
+        replans.begin(SEARCHES)
         if host and not dry_run:  # a search takes no lock
             self.change_capacity(name, start, end, most, reason, then, True, host)
         with self.writing(dry_run) as now:
@@ -19987,7 +19993,7 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
         if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            replans.found, replans.searches = {}, FEW_SEARCHES
+            replans.begin(FEW_SEARCHES)
             if planned_by_host():
                 with self.service.writing(dry_run=True):  # a search takes no lock
                     self.service.waiting.admit_waiting(now)

@@ -13640,6 +13640,20 @@ def crowded(racks):
     gpus(racks, 'c', 'g5', start=2, end=4)
 
 
+def test_moves_are_of_the_thread_and_of_the_request_that_has_made_them(racks):
+    def other_thread() -> list:
+        seen = []
+        thread = threading.Thread(target=lambda: seen.extend(cmres.replans.made))
+        thread.start()
+        thread.join()
+        return seen
+    crowded(racks)
+    gpus(racks, 'big', 'g8', start=3, end=4)
+    assert cmres.replans.made and other_thread() == []
+    gpus(racks, 'more', 'g1', start=20, end=21)
+    assert cmres.replans.made == []
+
+
 def test_who_waits_is_let_in_by_a_move(racks):
     gpus(racks, 'all', 'g8', vms=2, start=3, end=4)
     gpus(racks, 'big', 'g8', start=3, end=4, wait=True)
