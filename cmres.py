@@ -9328,36 +9328,34 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     return str(found[0])
 
 
-#: Ranges that only later Pythons know not to be public, without so many bits: 192.0.0.0/24 is for
-#: protocols, 3fff::/20 for examples (RFC 6890, RFC 9637).
-NOT_PUBLIC = {4: (8, 0xc00000), 6: (108, 0x3fff0)}
+#: All that was ever given out of IPv6 (IANA's registry of its address space), and of IPv4.
+GIVEN_OUT = '2000::/3', '0.0.0.0/0'
+#: What only later Pythons know not to be public: for protocols, for examples (RFC 6890, RFC 9637).
+NOT_PUBLIC = '192.0.0.0/24', '3fff::/20'
+#: What only stands for an IPv4 address: mapped (RFC 4291), by NAT64 (RFC 6052).
+STANDS_FOR = '::ffff:0:0/96', '64:ff9b::/96'
 
 
 def is_public(address) -> bool:
     """Whether an address is on the public internet, and so is each IPv4 address in it."""
-    inside = embedded(address)
-    bits, reserved = NOT_PUBLIC[address.version]
-    if int(address) >> bits == reserved:
-        return False
-    # One that is mapped, or by NAT64 (RFC 6052), only stands for an IPv4 one.
-    if address.version == 6 and not (inside and int(address) >> 32 in (0xffff, 0x64ff9b << 64)):
-        # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
-        if int(address) >> 125 != 1 or not address.is_global:
-            return False
-    elif address.version == 4 and (not address.is_global or address.is_multicast):
-        return False
-    return all(map(is_public, inside))
+    itself = (address.is_global and not address.is_multicast and is_in(address, GIVEN_OUT)
+              and not is_in(address, NOT_PUBLIC))
+    return (itself or is_in(address, STANDS_FOR)) and all(map(is_public, embedded(address)))
+
+
+def is_in(address, networks: Iterable[str]) -> bool:
+    return any(address in ipaddress.ip_network(each) for each in networks)
 
 
 def embedded(address) -> list:
-    """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
-    (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
+    """The IPv4 addresses that an IPv6 address leads to: compatible (RFC 4291) and those it stands
+    for, 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
     if address.version == 4:
         return []
-    number = int(address)
     found = [address.sixtofour, *(address.teredo or ())]
-    if number >> 32 in (0, 0xffff, 0x64ff9b << 64) or number >> 32 & 0xfdffffff == 0x5efe:
-        found.append(ipaddress.IPv4Address(number & 0xffffffff))
+    isatap = int(address) >> 32 & 0xfdffffff == 0x5efe
+    if isatap or is_in(address, ('::/96', *STANDS_FOR)):
+        found.append(ipaddress.IPv4Address(int(address) & 0xffffffff))
     return [each for each in found if each]
 
 
