@@ -2642,14 +2642,11 @@ class Making(NamedTuple):
       kind: its type as an argument
       thing: what it names on a cloud, one of KINDS; '': nothing
       ask: puts it into the request that makes a server, from its value and the ids of what it names
-      tend: looks after what servers have of it on a cloud, whenever they are listed: the
-        connection, the tag of the store, and the servers as the SDK has them
       head, hint: what stands on the page above its field, if not its name, and in it
     """
     kind: Any
     thing: str = ''
     ask: Callable[[dict, Any, list], None] | None = None
-    tend: Callable[[Any, str, list], None] | None = None
     head: str = ''
     hint: str = ''
 
@@ -8452,11 +8449,7 @@ class OpenStack(Cloud):
 
     def servers(self):
         with self.calling('list servers', sure=True) as cloud:
-            found = [*cloud.compute.servers(tags=self.store)]
-            for tend in filter(None, (each.tend for each in MADE_OF.values())):
-                with self.trying(), self.telling('look after the servers'):
-                    tend(cloud, self.store, found)  # they are there all the same
-            return [self.seen(server) for server in found]
+            return [self.seen(server) for server in cloud.compute.servers(tags=self.store)]
 
     def seen(self, server) -> Seen:
         mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')

@@ -28109,16 +28109,6 @@ def test_what_a_server_takes_is_told_when_that_is_settled(nova, status, task, ta
     assert {each.vcpus for each in (seat.takes, seat.until_moved) if each} <= {3}
 
 
-def test_servers_are_seen_also_while_what_they_have_beside_cannot_be_looked_after(nova, monkeypatch, caplog):
-    def tend(cloud, store, servers):
-        raise LookupError(f'no address is left for {[each.name for each in servers]} of {store}')
-    monkeypatch.setitem(cmres.MADE_OF, 'network', cmres.MADE_OF['network']._replace(tend=tend))
-    cloud = verbs(nova)
-    cloud.boot(PLAIN_SERVER)
-    assert [each.name for each in cloud.servers()] == ['lab-1-1']
-    assert "could not look after the servers: no address is left for ['lab-1-1'] of cmres-0" in caplog.text
-
-
 def test_a_server_of_which_nova_cannot_tell_counts_on_and_the_others_are_told_of(nova, monkeypatch):
     cloud, tells, uids = verbs(nova), cmres.OpenStack.seat_of, [nova.server('lab-1'), nova.server('lab-2')]
 
