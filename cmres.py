@@ -9055,11 +9055,12 @@ class Keystone:
           Unavailable: Keystone does not answer.
         """
         key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
-        found = self.known.get(key) or self.unknown.get(key)
-        ended = found and found.scoped and found.scoped.ends <= now
-        if not found or found.fresh <= now or ended:
-            known = found and found.scoped and not ended
-            found = self.asked(key, token, ask) if now >= self.shut or not known else found
+        known = self.known.get(key)
+        if known and known.scoped.ends <= now:
+            known = None
+        found = known or self.unknown.get(key)
+        if not found or found.fresh <= now and not (known and now < self.shut):
+            found = self.asked(key, token, ask, known)
         if found.refusal:
             raise found.refusal
         return found.scoped
@@ -9068,9 +9069,9 @@ class Keystone:
         """Whether it is nobody's who is known."""
         return hashlib.sha256(token.encode()).hexdigest() not in self.known
 
-    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any]) -> Told:
+    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any],
+              before: Told | None) -> Told:
         """What Keystone says now; what it said before, if it does not answer."""
-        before = self.known.get(key)
         patience = self.SOON if before else self.PATIENT
         try:
             if self.clock() < self.shut:
@@ -9079,7 +9080,7 @@ class Keystone:
         except (CloudError, TooMany, Unavailable) as error:
             if getattr(error, 'sure', False):  # it answers bit by bit, for longer than one waits
                 self.shut = self.clock() + self.SHUT
-            if before and before.scoped and before.scoped.ends > self.clock():
+            if before:
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
         with self.lock:
