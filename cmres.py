@@ -8591,9 +8591,9 @@ class OpenStack(Cloud):
 
     def mark(self, aggregate, resource):
         with self.calling('mark an aggregate', sure=True) as cloud:
+            named = operator.attrgetter('id' if aggregate.id else 'name')
             found = next(each for each in cloud.compute.aggregates()
-                         if aggregate.id in ('', f'{each.id}') and (
-                             aggregate.id or each.name == aggregate.name))
+                         if f'{named(each)}' == named(aggregate))
             marks = (resource, self.store) if resource else (None, None)
             cloud.compute.set_aggregate_metadata(found, dict(zip(MARKS, marks)))
 
@@ -8767,10 +8767,9 @@ class OpenStack(Cloud):
 
     def migrates(self, uid):
         with self.calling('tell why a server moves', sure=True) as cloud:
-            told = cloud.compute.get(f'/servers/{uid}/os-instance-actions').json()
             moves = ('resize', 'migrate', 'live-migration', 'evacuate', 'unshelve')
-            done = [each['action'] for each in told.get('instanceActions', ())  # the newest first
-                    if each['action'] in moves]
+            done = [each.action for each in cloud.compute.server_actions(uid)  # the newest first
+                    if each.action in moves]
             return done[:1] not in ([], ['resize'])
 
     def seat_of(self, uid: str) -> Seat | None:
@@ -9401,9 +9400,8 @@ def post_mail(config: Config, message) -> None:
 def notice_text(config: Config, notice, about: dict) -> str:
     """The words of the configuration for an event, filled with its reservation."""
     zone = read_zone(about.get('tz') or config.timezone)
-    fields = {name: in_cell(value, zone) for name, value in about.items()}
-    fields |= {name: format_moment(value, zone) for name, value in about.items()
-               if isinstance(value, datetime)}
+    fields = {name: format_moment(value, zone) if isinstance(value, datetime)
+              else in_cell(value, zone) for name, value in about.items()}
     fields |= plan_in_words(about, zone) if 'at_end' in about else {}
     if config.public_url and 'label' in about:
         where = urlencode({'project': about['project']})
@@ -9534,13 +9532,13 @@ class Rates:
         self.config, self.clock, self.lock = config, clock, threading.Lock()
         self.had: dict[tuple[str, str], tuple[float, float]] = {}  # how much, as of when
 
-    def take(self, setting: str, who: str, number: float = 1) -> None:
+    def take(self, setting: str, who: str) -> None:
         """Counts something before it is done; TooMany if it is more than the setting allows."""
-        self.look(setting, who, number)
-        self.add(setting, who, number)
+        self.look(setting, who, 1)
+        self.add(setting, who, 1)
 
     def look(self, setting: str, who: str, number: float = 0) -> None:
-        """TooMany if somebody has had as much as the setting allows."""
+        """TooMany if somebody has had as much as the setting allows, or would by so much more."""
         most = getattr(self.config, setting)
         too_much = self.level(setting, who) + number - most
         if most and too_much > 0:
