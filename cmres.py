@@ -9450,7 +9450,8 @@ def in_cell(value, zone: ZoneInfo) -> str:
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
     if isinstance(value, str) and value.startswith('FREQ='):
-        return rule_in_words(value)
+        with suppress(AttributeError, LookupError, StopIteration, ValueError):
+            return rule_in_words(value)  # else it is somebody's own text, which only begins so
     return '-' if value is None else legible(str(value))
 
 

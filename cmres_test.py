@@ -9234,6 +9234,13 @@ def test_changes_by_rest_are_those_of_the_service(app, world):
     assert kept() == []
 
 
+@pytest.mark.parametrize('text', ['FREQ=', 'FREQ=foo', 'FREQ=DAILY;COUNT', 'FREQ=DAILY;UNTIL=foo', 'FREQ=WEEKLY;INTERVAL=a', 'FREQ=DAILY;BYDAY=XX'])
+def test_what_only_begins_like_a_rule_is_shown_as_it_was_typed(world, text):
+    answer = book(world.service, description=text, metadata={'k': text})
+    assert cmres.in_cell(text, PARIS) == text and f'k={text}' in cmres.render(answer, 'table', PARIS)
+    assert text in as_visitor(world, role='admin').get('/r/lab?project=default').html.text
+
+
 def test_changes_on_the_command_line_are_those_of_the_service(run):
     run('resource', 'add', 'demo')
     run('add', 'class', 'demo', '2100-01-04T09:00', '+2h', '--repeat=weekly', '--count=4', '--tz=Europe/Paris')
