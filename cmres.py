@@ -7235,7 +7235,7 @@ COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operat
 
 def read_where(text: str) -> list[tuple[str, str, str]]:
     """Conditions on hosts: each a property, and a comparison and a value, or that it is there."""
-    found = [CONDITION.fullmatch(each) for each in re.split(r'\band\b', text)]
+    found = [CONDITION.fullmatch(each) for each in re.split(r'\sand\s', text)]
     if not all(found):
         raise Invalid(f"where: '{text}' is not like gpu_count>=2 and arch==x86_64")
     return [(each[1], each[2] or '', each[3] or '') for each in found]

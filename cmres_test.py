@@ -13756,7 +13756,9 @@ def test_hosts_are_chosen_by_what_they_are_like(world, monkeypatch):
         gpus(world, 'd', 'g2', where='gpu_count>9')
     with pytest.raises(Invalid, match="where: 'gpu_count >> 2' is not like gpu_count>=2 and arch==x86_64"):
         gpus(world, 'd', 'g2', where='gpu_count >> 2')
-    world.service.host_set('h3', {'gpu_count': ''})
+    world.service.host_set('h3', {'gpu_count': '', 'site': 'here-and-there'})
+    gpus(world, 'e', 'g2', where='site==here-and-there and arch==x86_64', start=2, end=3)
+    assert planned('e') == [{'h3': 1}]
     with pytest.raises(Invalid, match='no host'):
         gpus(world, 'd', 'g2', where='gpu_count>=2')
     with pytest.raises(NotFound, match="No resource has a host 'h9'"):
