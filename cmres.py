@@ -7291,9 +7291,9 @@ def stored_placed(placed: dict[int, int]) -> str:
 
 def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
     """Holds, or gives back, what some VMs take of their hosts."""
-    for *place, amount, host in host_holds(need, placed):
+    for resource, begin, until, amount, host in host_holds(need, placed):
         for track, figures in (amount * sign).tracks:
-            ledger.add(place[0], on_host(host, track), *place[1:], figures)
+            ledger.add(resource, on_host(host, track), begin, until, figures)
 
 
 def held_by(found, now: float) -> list[Hold]:
@@ -8066,8 +8066,8 @@ class Cloud:
     longer for its headers. `aggregates` and `hosts` have that time for each host or server.
     """
 
-    def __init__(self, account: str):
-        self.account = account
+    def __init__(self, account: str, store: str, config: Config):
+        self.account, self.store, self.config = account, store, config
 
     def __init_subclass__(cls, **options):
         """Has all calls of a kind of cloud measured and logged."""
@@ -8204,8 +8204,7 @@ class OpenStack(Cloud):
     DOOR_SHUT = 2   # seconds that nobody else waits at a cloud which has just refused to log us in
 
     def __init__(self, account: str, store: str, config: Config):
-        super().__init__(account)
-        self.store, self.config = store, config
+        super().__init__(account, store, config)
         self.found: dict = {}  # by kind, name and sight: when it was found, and what
         self.lock = threading.Lock()
         self.verb = threading.local()  # since when this thread is at it
@@ -8807,8 +8806,8 @@ class Simulated(Cloud):
              'network': ('private', 'public'), 'key': ('default',), 'security_group': ('default',)}
 
     def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
-        super().__init__(account)
-        self.store, self.config, self.clock = store, config, clock
+        super().__init__(account, store, config)
+        self.clock = clock
 
     def things(self, kind, name=''):
         if kind == 'server':
