@@ -9499,28 +9499,6 @@ FULL = {
                            'again in a minute.')}
 
 
-class Outside(threading.Thread):
-    """A call to a cloud or a host, in a thread of its own: it may hang when nobody waits."""
-
-    def __init__(self, call: Callable, ends: Callable):
-        super().__init__(daemon=True)
-        self.call, self.ends = call, ends
-        self.ended = threading.Event()
-        self.answer: Any = None
-        self.error: Exception | None = None
-        self.counts: tuple = ()  # what it is counted under, once it is slow
-
-    def run(self):
-        try:
-            self.answer = self.call()
-        except Exception as error:  # of any kind: it is raised on where it is waited for
-            self.error = error
-        finally:
-            if not db.is_closed():  # a connection of this thread's own
-                db.close()
-            self.ends(self)
-
-
 class Rates:
     """How much each user and each address has had lately, and whether that is too much.
 
@@ -9725,27 +9703,39 @@ class Shares:
         with self.changed:
             if full := self.full(counts):
                 raise self.refusal(full)
-        began, asked = time.monotonic(), Outside(call, self.end)
-        asked.start()
+        began, asked = time.monotonic(), futures.Future()
+        asked.counts = ()  # what it is counted under, once it is slow
+        threading.Thread(target=self.run, args=(asked, call), name='outside', daemon=True).start()
         try:
-            if not asked.ended.wait(min(QUICK, max(here.left, 0))):
+            if not futures.wait([asked], min(QUICK, max(here.left, 0))).done:
                 self.wait(asked, counts)
         finally:
             here.left -= time.monotonic() - began
-        if not asked.ended.is_set():
+        if not asked.done():
             raise CloudError(f'{target} did not answer within {self.patience:g} seconds, the '
                              'longest time that a request '
                              'may wait for clouds and calendars.', sure=True)
-        if asked.error:
-            raise asked.error
-        return asked.answer
+        return asked.result()
 
-    def wait(self, asked: Outside, counts: tuple) -> None:
+    def run(self, asked: futures.Future, call: Callable) -> None:
+        """Calls a cloud or a host, in a thread of its own: it may hang when nobody waits. It counts
+        no longer when it ends, however late that is."""
+        try:
+            tell, what = asked.set_result, call()
+        except Exception as error:  # of any kind: it is raised on where it is waited for
+            tell, what = asked.set_exception, error
+        if not db.is_closed():  # a connection of this thread's own
+            db.close()
+        with self.changed:
+            tell(what)
+            self.give(asked.counts)
+
+    def wait(self, asked: futures.Future, counts: tuple) -> None:
         """Waits for a call that is slow, as long as the request may; it counts until it ends."""
         place = () if self.request.has else (('all', ''),)
         with self.changed:
             full = self.full((*place, *counts))
-            if not asked.ended.is_set():
+            if not asked.done():
                 asked.counts = counts
                 self.taken.update(counts)
             if full:
@@ -9753,15 +9743,9 @@ class Shares:
             self.taken.update(place)
         try:
             with self.resting():
-                asked.ended.wait(max(self.request.left - QUICK, 0))
+                futures.wait([asked], max(self.request.left - QUICK, 0))
         finally:
             self.give(place)
-
-    def end(self, asked: Outside) -> None:
-        """Counts a call no longer, however late it has ended."""
-        with self.changed:
-            asked.ended.set()
-            self.give(asked.counts)
 
     def full(self, names: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
         """The first of some kinds and names of which no more may be."""
