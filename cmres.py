@@ -9449,8 +9449,10 @@ def in_cell(value, zone: ZoneInfo) -> str:
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
     if isinstance(value, str) and value.startswith('FREQ='):
-        with suppress(AttributeError, LookupError, StopIteration, ValueError):
-            return rule_in_words(value)  # else it is somebody's own text, which only begins so
+        try:
+            return rule_in_words(value)
+        except (AttributeError, LookupError, StopIteration, ValueError):
+            pass  # it is somebody's own text, which only begins so
     return '-' if value is None else legible(str(value))
 
 
@@ -9467,7 +9469,7 @@ def as_csv(lines: list[dict]) -> str:
     out, names = io.StringIO(), dict.fromkeys(itertools.chain(*lines))  # lines may have their own
     writer = csv.writer(out, lineterminator='\n')
     writer.writerow(names)
-    writer.writerows([csv_cell(line.get(name)) for name in names] for line in lines)
+    writer.writerows(map(csv_cell, map(line.get, names)) for line in lines)
     return out.getvalue().rstrip('\n')
 
 
