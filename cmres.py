@@ -2668,14 +2668,11 @@ class Making(NamedTuple):
       kind: its type as an argument
       thing: what it names on a cloud, one of KINDS; '': nothing
       ask: puts it into the request that makes a server, from its value and the ids of what it names
-      tend: looks after what servers have of it on a cloud, whenever they are listed: the
-        connection, the tag of the store, and the servers as the SDK has them
       head, hint: what stands on the page above its field, if not its name, and in it
     """
     kind: Any
     thing: str = ''
     ask: Callable[[dict, Any, list], None] | None = None
-    tend: Callable[[Any, str, list], None] | None = None
     head: str = ''
     hint: str = ''
 
@@ -7262,7 +7259,7 @@ COMPARED = {'==': operator.eq, '=': operator.eq, '!=': operator.ne, '>=': operat
 
 def read_where(text: str) -> list[tuple[str, str, str]]:
     """Conditions on hosts: each a property, and a comparison and a value, or that it is there."""
-    found = [CONDITION.fullmatch(each) for each in re.split(r'\band\b', text)]
+    found = [CONDITION.fullmatch(each) for each in re.split(r'\sand\s', text)]
     if not all(found):
         raise Invalid(f"where: '{text}' is not like gpu_count>=2 and arch==x86_64")
     return [(each[1], each[2] or '', each[3] or '') for each in found]
@@ -7318,9 +7315,9 @@ def stored_placed(placed: dict[int, int]) -> str:
 
 def hold_on(need: Need, placed: dict[int, int], sign: int = 1) -> None:
     """Holds, or gives back, what some VMs take of their hosts."""
-    for *place, amount, host in host_holds(need, placed):
+    for resource, begin, until, amount, host in host_holds(need, placed):
         for track, figures in (amount * sign).tracks:
-            ledger.add(place[0], on_host(host, track), *place[1:], figures)
+            ledger.add(resource, on_host(host, track), begin, until, figures)
 
 
 def held_by(found, now: float) -> list[Hold]:
@@ -7450,7 +7447,7 @@ def free_slots(place, amount: Amount, of, after: int, before: float,
             left -= 1
             ends = [end for end in (*cuts, until) if end > at + length]
             first = need._replace(begin=int(at), until=int(at + length))
-            if ends and ends[-1] > latest and first_fit(first) is not None:
+            if until > latest and first_fit(first) is not None:
                 fit = bisect_left(ends, True, key=lambda end: first_fit(
                     first._replace(until=int(end))) is None)
                 latest = ends[fit - 1] if fit else at + length
@@ -7723,9 +7720,15 @@ MOVES_ALONE = ('NOT EXISTS (SELECT 1 FROM extra_hold x WHERE x.reservation_id = 
 
 class Replans(threading.local):
     """What this thread's rehearsals found, by need, for the transaction after them."""
-    found: dict = {}
-    made: list = []  # the moves that have made room for what is decided now
-    searches = 0  # so many may still be made; none where a quick answer is wanted
+
+    def __init__(self):
+        self.begin(0)
+
+    def begin(self, searches: int) -> None:
+        """Forgets what was before; so many searches may be made; 0: a quick answer is wanted."""
+        self.found: dict = {}
+        self.made: list = []  # the moves that have made room for what is decided now
+        self.searches = searches
 
 
 replans = Replans()
@@ -8087,8 +8090,8 @@ class Cloud:
     longer for its headers. `aggregates` and `hosts` have that time for each host or server.
     """
 
-    def __init__(self, account: str):
-        self.account = account
+    def __init__(self, account: str, store: str, config: Config):
+        self.account, self.store, self.config = account, store, config
 
     def __init_subclass__(cls, **options):
         """Has all calls of a kind of cloud measured and logged."""
@@ -8225,8 +8228,7 @@ class OpenStack(Cloud):
     DOOR_SHUT = 2   # seconds that nobody else waits at a cloud which has just refused to log us in
 
     def __init__(self, account: str, store: str, config: Config):
-        super().__init__(account)
-        self.store, self.config = store, config
+        super().__init__(account, store, config)
         self.found: dict = {}  # by kind, name and sight: when it was found, and what
         self.lock = threading.Lock()
         self.verb = threading.local()  # since when this thread is at it
@@ -8331,6 +8333,14 @@ class OpenStack(Cloud):
                              f'{textwrap.shorten(str(text), 300)}',
                              sure or 400 <= status < 500 and status != 408, status=status,
                              **details) from error
+
+    @contextmanager
+    def trying(self):
+        """A part of a verb: where a cloud fails, the log tells of it, and the rest is done."""
+        try:
+            yield
+        except CloudError as error:
+            log.warning('%s', error)
 
     def find(self, kind, name, sight=EVERYTHING):
         key, oldest = (kind, name, sight), time.monotonic() - self.REMEMBER
@@ -8462,14 +8472,7 @@ class OpenStack(Cloud):
 
     def servers(self):
         with self.calling('list servers', sure=True) as cloud:
-            found = [*cloud.compute.servers(tags=self.store)]
-            for tend in filter(None, (each.tend for each in MADE_OF.values())):
-                try:
-                    with self.telling('look after the servers'):
-                        tend(cloud, self.store, found)
-                except CloudError as error:  # they are there all the same
-                    log.warning('%s', error)
-            return [self.seen(server) for server in found]
+            return [self.seen(server) for server in cloud.compute.servers(tags=self.store)]
 
     def seen(self, server) -> Seen:
         mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')
@@ -8611,9 +8614,9 @@ class OpenStack(Cloud):
 
     def mark(self, aggregate, resource):
         with self.calling('mark an aggregate', sure=True) as cloud:
+            named = operator.attrgetter('id' if aggregate.id else 'name')
             found = next(each for each in cloud.compute.aggregates()
-                         if aggregate.id in ('', f'{each.id}') and (
-                             aggregate.id or each.name == aggregate.name))
+                         if f'{named(each)}' == named(aggregate))
             marks = (resource, self.store) if resource else (None, None)
             cloud.compute.set_aggregate_metadata(found, dict(zip(MARKS, marks)))
 
@@ -8653,15 +8656,15 @@ class OpenStack(Cloud):
         with self.calling('lend what is reserved') as cloud:
             for kind, things in wanted.items():
                 verbs = getattr(cloud, self.LENT[kind][0])
-                ours = self.lent(kind, verbs)  # two server groups may have one name
-                for id in [id for name, id in ours if name not in things]:
-                    self.take_back(kind, verbs, id)
-                answer[kind] = there = {name: id for name, id in ours if name in things}
+                ours = [*self.lent(kind, verbs, things)]  # two server groups may have one name
+                answer[kind] = there = dict(ours)
+                for name, id in [each for each in ours if each[0] not in things]:
+                    with self.trying(), self.calling(f'take back the {kind} {name}'):
+                        self.take_back(kind, verbs, id)
+                        there.pop(name, None)
                 for name in [each for each in things if each not in there and things[each].make]:
-                    try:
+                    with self.trying():
                         there[name] = self.lend_one(kind, name, things[name])
-                    except CloudError as error:  # the others shall have theirs
-                        log.warning('%s', error)
         return answer
 
     def lend_one(self, kind: str, name: str, lent: Lent) -> str:
@@ -8669,16 +8672,20 @@ class OpenStack(Cloud):
         with self.calling(f'lend the {kind} {name}') as cloud:
             return getattr(self, f'lend_{kind}')(getattr(cloud, self.LENT[kind][0]), name, lent)
 
-    def lent(self, kind: str, verbs) -> list[tuple[str, str]]:
-        """The names and ids of what is lent of a kind."""
+    def lent(self, kind: str, verbs, things: dict[str, Lent]) -> Iterator[tuple[str, str]]:
+        """The names and ids of what is lent of a kind; '' of an address that another project is to
+        have by now."""
         _, listing, which, _, mark, name = self.LENT[kind]
         there = [*getattr(verbs, listing)(**which)]
         if kind == 'aggregate':
-            return [(f'{each.name} {host}', f'{each.id} {host}') for each in there
-                    if (each.metadata or {}).get(LENT_BY) == self.store
-                    for host in each.hosts or ['']]
-        ours = [each for each in there if (getattr(each, mark) or '').startswith(self.store)]
-        return [(getattr(each, name).removeprefix(f'{self.store} '), each.id) for each in ours]
+            yield from ((f'{each.name} {host}', f'{each.id} {host}') for each in there
+                        if (each.metadata or {}).get(LENT_BY) == self.store
+                        for host in each.hosts or [''])
+            return
+        for each in [each for each in there if (getattr(each, mark) or '').startswith(self.store)]:
+            its = getattr(each, name).removeprefix(f'{self.store} ')
+            stays = kind != 'address' or its in things and things[its].project == each.project_id
+            yield its if stays else '', each.id
 
     def take_back(self, kind: str, verbs, id: str) -> None:
         """Takes back something that is lent; the last host of an aggregate goes with it."""
@@ -8697,12 +8704,20 @@ class OpenStack(Cloud):
         return f'{found.id} {host}'
 
     def lend_flavor(self, compute, id: str, lent: Lent) -> str:
+        from openstack.exceptions import ConflictException
         like = compute.find_flavor(lent.like, ignore_missing=False) if lent.like else lent
-        compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
-                              disk=like.disk, is_public=False, description=self.store)
-        if specs := lent.like and compute.fetch_flavor_extra_specs(like).extra_specs:
-            compute.create_flavor_extra_specs(id, specs)
-        compute.flavor_add_tenant_access(id, lent.project)
+        specs = lent.like and compute.fetch_flavor_extra_specs(like).extra_specs
+        try:
+            compute.create_flavor(id=id, name=f'reservation:{id}', vcpus=like.vcpus, ram=like.ram,
+                                  disk=like.disk, is_public=False, description=self.store)
+            if specs:
+                compute.create_flavor_extra_specs(id, specs)
+            compute.flavor_add_tenant_access(id, lent.project)
+        except ConflictException:  # another process has made it
+            raise
+        except Exception:  # of any kind: the next look would take half of it for the whole
+            compute.delete_flavor(id, ignore_missing=True)
+            raise
         return id
 
     def lend_server_group(self, compute, name: str, lent: Lent) -> str:
@@ -8775,10 +8790,9 @@ class OpenStack(Cloud):
 
     def migrates(self, uid):
         with self.calling('tell why a server moves', sure=True) as cloud:
-            told = cloud.compute.get(f'/servers/{uid}/os-instance-actions').json()
             moves = ('resize', 'migrate', 'live-migration', 'evacuate', 'unshelve')
-            done = [each['action'] for each in told.get('instanceActions', ())  # the newest first
-                    if each['action'] in moves]
+            done = [each.action for each in cloud.compute.server_actions(uid)  # the newest first
+                    if each.action in moves]
             return done[:1] not in ([], ['resize'])
 
     def seat_of(self, uid: str) -> Seat | None:
@@ -8816,8 +8830,8 @@ class Simulated(Cloud):
              'network': ('private', 'public'), 'key': ('default',), 'security_group': ('default',)}
 
     def __init__(self, account: str, store: str, config: Config, clock: Callable[[], float]):
-        super().__init__(account)
-        self.store, self.config, self.clock = store, config, clock
+        super().__init__(account, store, config)
+        self.clock = clock
 
     def things(self, kind, name=''):
         if kind == 'server':
@@ -9063,11 +9077,12 @@ class Keystone:
           Unavailable: Keystone does not answer.
         """
         key, now = hashlib.sha256(token.encode()).hexdigest(), self.clock()
-        found = self.known.get(key) or self.unknown.get(key)
-        ended = found and found.scoped and found.scoped.ends <= now
-        if not found or found.fresh <= now or ended:
-            known = found and found.scoped and not ended
-            found = self.asked(key, token, ask) if now >= self.shut or not known else found
+        known = self.known.get(key)
+        if known and known.scoped.ends <= now:
+            known = None
+        found = known or self.unknown.get(key)
+        if not found or found.fresh <= now and not (known and now < self.shut):
+            found = self.asked(key, token, ask, known)
         if found.refusal:
             raise found.refusal
         return found.scoped
@@ -9076,9 +9091,9 @@ class Keystone:
         """Whether it is nobody's who is known."""
         return hashlib.sha256(token.encode()).hexdigest() not in self.known
 
-    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any]) -> Told:
+    def asked(self, key: str, token: str, ask: Callable[[Callable, float], Any],
+              before: Told | None) -> Told:
         """What Keystone says now; what it said before, if it does not answer."""
-        before = self.known.get(key)
         patience = self.SOON if before else self.PATIENT
         try:
             if self.clock() < self.shut:
@@ -9087,7 +9102,7 @@ class Keystone:
         except (CloudError, TooMany, Unavailable) as error:
             if getattr(error, 'sure', False):  # it answers bit by bit, for longer than one waits
                 self.shut = self.clock() + self.SHUT
-            if before and before.scoped and before.scoped.ends > self.clock():
+            if before:
                 return before
             raise Unavailable(SILENT_KEYSTONE, retry_after=self.SHUT) from None
         with self.lock:
@@ -9123,7 +9138,8 @@ class Keystone:
             answer = self.session.request(
                 verb, f'{url}/v3/auth/tokens?nocatalog', timeout=patience, verify=verify,
                 allow_redirects=False, **what)
-            if answer.status_code in (401, 403, 404):
+            # 400 or 431 as well: a token that is none keeps nobody else from Keystone
+            if answer.status_code // 100 == 4 and answer.status_code not in (408, 429):
                 return self.refused(refusal)
             answer.raise_for_status()
             return self.read(answer.json()['token'])
@@ -9328,36 +9344,34 @@ def allowed_address(config: Config, host: str, port: int) -> str:
     return str(found[0])
 
 
-#: Ranges that only later Pythons know not to be public, without so many bits: 192.0.0.0/24 is for
-#: protocols, 3fff::/20 for examples (RFC 6890, RFC 9637).
-NOT_PUBLIC = {4: (8, 0xc00000), 6: (108, 0x3fff0)}
+#: All that was ever given out of IPv6 (IANA's registry of its address space), and of IPv4.
+GIVEN_OUT = '2000::/3', '0.0.0.0/0'
+#: What only later Pythons know not to be public: for protocols, for examples (RFC 6890, RFC 9637).
+NOT_PUBLIC = '192.0.0.0/24', '3fff::/20'
+#: What only stands for an IPv4 address: mapped (RFC 4291), by NAT64 (RFC 6052).
+STANDS_FOR = '::ffff:0:0/96', '64:ff9b::/96'
 
 
 def is_public(address) -> bool:
     """Whether an address is on the public internet, and so is each IPv4 address in it."""
-    inside = embedded(address)
-    bits, reserved = NOT_PUBLIC[address.version]
-    if int(address) >> bits == reserved:
-        return False
-    # One that is mapped, or by NAT64 (RFC 6052), only stands for an IPv4 one.
-    if address.version == 6 and not (inside and int(address) >> 32 in (0xffff, 0x64ff9b << 64)):
-        # All that was ever given out is in 2000::/3 (IANA's registry of IPv6 address space).
-        if int(address) >> 125 != 1 or not address.is_global:
-            return False
-    elif address.version == 4 and (not address.is_global or address.is_multicast):
-        return False
-    return all(map(is_public, inside))
+    itself = (address.is_global and not address.is_multicast and is_in(address, GIVEN_OUT)
+              and not is_in(address, NOT_PUBLIC))
+    return (itself or is_in(address, STANDS_FOR)) and all(map(is_public, embedded(address)))
+
+
+def is_in(address, networks: Iterable[str]) -> bool:
+    return any(address in ipaddress.ip_network(each) for each in networks)
 
 
 def embedded(address) -> list:
-    """The IPv4 addresses that an IPv6 address leads to: compatible and mapped (RFC 4291), NAT64
-    (RFC 6052), 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
+    """The IPv4 addresses that an IPv6 address leads to: compatible (RFC 4291) and those it stands
+    for, 6to4 (RFC 3056), Teredo (RFC 4380), ISATAP (RFC 5214)."""
     if address.version == 4:
         return []
-    number = int(address)
     found = [address.sixtofour, *(address.teredo or ())]
-    if number >> 32 in (0, 0xffff, 0x64ff9b << 64) or number >> 32 & 0xfdffffff == 0x5efe:
-        found.append(ipaddress.IPv4Address(number & 0xffffffff))
+    isatap = int(address) >> 32 & 0xfdffffff == 0x5efe
+    if isatap or is_in(address, ('::/96', *STANDS_FOR)):
+        found.append(ipaddress.IPv4Address(int(address) & 0xffffffff))
     return [each for each in found if each]
 
 
@@ -9409,9 +9423,8 @@ def post_mail(config: Config, message) -> None:
 def notice_text(config: Config, notice, about: dict) -> str:
     """The words of the configuration for an event, filled with its reservation."""
     zone = read_zone(about.get('tz') or config.timezone)
-    fields = {name: in_cell(value, zone) for name, value in about.items()}
-    fields |= {name: format_moment(value, zone) for name, value in about.items()
-               if isinstance(value, datetime)}
+    fields = {name: format_moment(value, zone) if isinstance(value, datetime)
+              else in_cell(value, zone) for name, value in about.items()}
     fields |= plan_in_words(about, zone) if 'at_end' in about else {}
     if config.public_url and 'label' in about:
         where = urlencode({'project': about['project']})
@@ -9460,7 +9473,10 @@ def in_cell(value, zone: ZoneInfo) -> str:
     if isinstance(value, (list, tuple)):
         return ', '.join(in_cell(each, zone) for each in value)
     if isinstance(value, str) and value.startswith('FREQ='):
-        return rule_in_words(value)
+        try:
+            return rule_in_words(value)
+        except (AttributeError, LookupError, StopIteration, ValueError):
+            pass  # it is somebody's own text, which only begins so
     return '-' if value is None else legible(str(value))
 
 
@@ -9474,9 +9490,10 @@ FORMULA = Pattern('[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]')
 
 
 def as_csv(lines: list[dict]) -> str:
-    out = io.StringIO()
+    out, names = io.StringIO(), dict.fromkeys(itertools.chain(*lines))  # lines may have their own
     writer = csv.writer(out, lineterminator='\n')
-    writer.writerows([*lines[:1], *(map(csv_cell, line.values()) for line in lines)])
+    writer.writerow(names)
+    writer.writerows(map(csv_cell, map(line.get, names)) for line in lines)
     return out.getvalue().rstrip('\n')
 
 
@@ -9508,28 +9525,6 @@ FULL = {
                            'again in a minute.')}
 
 
-class Outside(threading.Thread):
-    """A call to a cloud or a host, in a thread of its own: it may hang when nobody waits."""
-
-    def __init__(self, call: Callable, ends: Callable):
-        super().__init__(daemon=True)
-        self.call, self.ends = call, ends
-        self.ended = threading.Event()
-        self.answer: Any = None
-        self.error: Exception | None = None
-        self.counts: tuple = ()  # what it is counted under, once it is slow
-
-    def run(self):
-        try:
-            self.answer = self.call()
-        except Exception as error:  # of any kind: it is raised on where it is waited for
-            self.error = error
-        finally:
-            if not db.is_closed():  # a connection of this thread's own
-                db.close()
-            self.ends(self)
-
-
 class Rates:
     """How much each user and each address has had lately, and whether that is too much.
 
@@ -9541,13 +9536,13 @@ class Rates:
         self.config, self.clock, self.lock = config, clock, threading.Lock()
         self.had: dict[tuple[str, str], tuple[float, float]] = {}  # how much, as of when
 
-    def take(self, setting: str, who: str, number: float = 1) -> None:
+    def take(self, setting: str, who: str) -> None:
         """Counts something before it is done; TooMany if it is more than the setting allows."""
-        self.look(setting, who, number)
-        self.add(setting, who, number)
+        self.look(setting, who, 1)
+        self.add(setting, who, 1)
 
     def look(self, setting: str, who: str, number: float = 0) -> None:
-        """TooMany if somebody has had as much as the setting allows."""
+        """TooMany if somebody has had as much as the setting allows, or would by so much more."""
         most = getattr(self.config, setting)
         too_much = self.level(setting, who) + number - most
         if most and too_much > 0:
@@ -9734,27 +9729,39 @@ class Shares:
         with self.changed:
             if full := self.full(counts):
                 raise self.refusal(full)
-        began, asked = time.monotonic(), Outside(call, self.end)
-        asked.start()
+        began, asked = time.monotonic(), futures.Future()
+        asked.counts = ()  # what it is counted under, once it is slow
+        threading.Thread(target=self.run, args=(asked, call), name='outside', daemon=True).start()
         try:
-            if not asked.ended.wait(min(QUICK, max(here.left, 0))):
+            if not futures.wait([asked], min(QUICK, max(here.left, 0))).done:
                 self.wait(asked, counts)
         finally:
             here.left -= time.monotonic() - began
-        if not asked.ended.is_set():
+        if not asked.done():
             raise CloudError(f'{target} did not answer within {self.patience:g} seconds, the '
                              'longest time that a request '
                              'may wait for clouds and calendars.', sure=True)
-        if asked.error:
-            raise asked.error
-        return asked.answer
+        return asked.result()
 
-    def wait(self, asked: Outside, counts: tuple) -> None:
+    def run(self, asked: futures.Future, call: Callable) -> None:
+        """Calls a cloud or a host, in a thread of its own: it may hang when nobody waits. It counts
+        no longer when it ends, however late that is."""
+        try:
+            tell, what = asked.set_result, call()
+        except Exception as error:  # of any kind: it is raised on where it is waited for
+            tell, what = asked.set_exception, error
+        if not db.is_closed():  # a connection of this thread's own
+            db.close()
+        with self.changed:
+            tell(what)
+            self.give(asked.counts)
+
+    def wait(self, asked: futures.Future, counts: tuple) -> None:
         """Waits for a call that is slow, as long as the request may; it counts until it ends."""
         place = () if self.request.has else (('all', ''),)
         with self.changed:
             full = self.full((*place, *counts))
-            if not asked.ended.is_set():
+            if not asked.done():
                 asked.counts = counts
                 self.taken.update(counts)
             if full:
@@ -9762,15 +9769,9 @@ class Shares:
             self.taken.update(place)
         try:
             with self.resting():
-                asked.ended.wait(max(self.request.left - QUICK, 0))
+                futures.wait([asked], max(self.request.left - QUICK, 0))
         finally:
             self.give(place)
-
-    def end(self, asked: Outside) -> None:
-        """Counts a call no longer, however late it has ended."""
-        with self.changed:
-            asked.ended.set()
-            self.give(asked.counts)
 
     def full(self, names: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
         """The first of some kinds and names of which no more may be."""
@@ -11287,7 +11288,7 @@ class Service:
                 if not dry_run:
                     self.answered(answer)
                 return answer
-        replans.found, replans.searches = {}, SEARCHES
+        replans.begin(SEARCHES)
         if dry_run:
             return persist(done, None)
         for _ in range(3):
@@ -11296,7 +11297,7 @@ class Service:
             except NoCapacity:
                 if db.in_transaction():  # what this is a part of is refused as a whole
                     raise
-            replans.found, replans.searches = {}, SEARCHES
+            replans.begin(SEARCHES)
             with self.shares.paced(), self.writing(dry_run=True) as now:
                 deed(now)  # where it is not refused, somebody has given something back meanwhile
         raise NoCapacity(A_MOMENT_AGO)
@@ -15641,7 +15642,7 @@ class Plan(Operations):
                      searches: int = SEARCHES) -> Any:
         """Does what plans hosts anew, first in a rehearsal, as a search takes no lock; what it
         answers. Where that is nothing, there is nothing to do."""
-        replans.found, replans.searches = {}, searches
+        replans.begin(searches)
         for rehearsed in dict.fromkeys((True, dry_run)):
             with self.writing(rehearsed) as now:
                 done = deed(now)
@@ -16056,7 +16057,7 @@ class Plan(Operations):
                         dry_run: bool, host: str = '') -> dict:
         """Gives a resource another capacity for a while, without `most` none, or closes a host."""
         refuse_unknown_word('affected', then, THEN)
-        replans.found, replans.searches = {}, SEARCHES
+        replans.begin(SEARCHES)
         if host and not dry_run:  # a search takes no lock
             self.change_capacity(name, start, end, most, reason, then, True, host)
         with self.writing(dry_run) as now:
@@ -19249,9 +19250,10 @@ class Lender:
         before, has = self.lent.get((result.cloud, result.account), {}), {}
         for kind, things in result.target.items():
             ids = (result.answer or {}).get(kind, {})
-            has[kind] = {name: lent for name, lent in things.items()
-                         if name in ids or not lent.make}
-            for name in ids.keys() & has[kind].keys() - before.get(kind, {}).keys():
+            has[kind] = {name: things.get(name) for name in {**things, **ids}
+                         if name in ids or not things[name].make}
+            had = before.get(kind, {})
+            for name in [each for each in ids if each in things and things[each] != had.get(each)]:
                 note_lent(things[name], name if kind == 'address' else kind, ids[name])
         self.lent[result.cloud, result.account] = has
         if has != result.target:
@@ -19993,7 +19995,7 @@ class LifeCycle:
     def admit_waiting(self, now: float) -> None:
         self.line_moves = False
         if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            replans.found, replans.searches = {}, FEW_SEARCHES
+            replans.begin(FEW_SEARCHES)
             if planned_by_host():
                 with self.service.writing(dry_run=True):  # a search takes no lock
                     self.service.waiting.admit_waiting(now)
