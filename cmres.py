@@ -11145,11 +11145,13 @@ THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
             'JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x WHERE x.host_id IS NULL AND '
-              'EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id AND {})')
-#: By whom and what counts against limits: the columns of user, project, reservation and resource.
-OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
-OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
+FROM_EXTRA = ('FROM extra_hold x CROSS JOIN reservation r ON r.id = x.reservation_id '
+              'WHERE x.host_id IS NULL')
+#: By what a limit counts: conditions on a user, a project, a resource, and those that don't count.
+OF_OCCURRENCE = ('o.of_user = ?', 'o.of_project = ?', 'o.resource_id = ?', 'o.reservation_id <> ?')
+OF_EXTRA = ('r.user = ?', 'r.project = ?', 'x.resource_id = ?', 'r.id <> ?')
+OF_WAITING = ('r.user = ?', 'r.project = ?',
+              'r.id IN (SELECT reservation_id FROM wait WHERE resource_id = ?)', '')
 
 
 def hashed(token: str) -> str:
@@ -12276,9 +12278,9 @@ class Others:
         self.reservation, self.now = reservation, int(now)
         # by slot: with the start, from which on hours count
         self.holds: dict[str, list[tuple[Hold, int]]] = {}
-        # the slots that hold something on a day since 1970
-        self.days: dict[int, set[str]] = defaultdict(set)
-        self.seconds: dict[int | None, int] = defaultdict(int)  # of vcpus; None: of all resources
+        # by resource; None: of all together
+        self.vms: dict[int | None, Profile] = defaultdict(Profile)
+        self.vcpu_seconds: dict[int | None, int] = defaultdict(int)
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
@@ -12288,29 +12290,40 @@ class Others:
 
     def count(self, slot: str, sign: int) -> None:
         for each, start in self.holds.get(slot, ()):
-            seconds = sign * each.amount.vcpus * max(each.until - max(each.begin, start, self.now),
-                                                     0)
+            seconds = max(each.until - max(each.begin, start, self.now), 0)
             for resource in (None, each.resource):
-                self.seconds[resource] += seconds
-            for day in range(each.begin // 86400, each.until // 86400 + 1):
-                (self.days[day].add if sign > 0 else self.days[day].discard)(slot)
+                self.vms[resource].add(each.begin, each.until, (sign * each.amount.vms, 0, 0))
+                self.vcpu_seconds[resource] += sign * each.amount.vcpus * seconds
 
     def holding(self, resource: int | None, begin: int, until: int) -> list[tuple[int, int, int]]:
-        """The holds on a resource, or on any, that overlap a window: when, and of how many VMs."""
-        slots = set().union(*(self.days.get(day, ())
-                              for day in range(begin // 86400, until // 86400 + 1)))
-        return [(each.begin, each.until, each.amount.vms) for slot in slots
-                for each, _ in self.holds[slot]
-                if each.begin < until and each.until > begin and resource in (None, each.resource)]
+        """A window in pieces: when, and how many VMs are held then on a resource, or on any."""
+        return [(first, last, vms)
+                for first, last, (vms, _, _) in self.vms[resource].within(begin, until)]
 
 
 LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
               FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
 
+def counts_for(limit, wish: Wish) -> tuple[str, str]:
+    """The project and the user that a limit of a wish counts; '' for any."""
+    return wish.project if limit.project or not limit.user else '', limit.user
+
+
+
+def who_is_limited(limit, wish: Wish) -> str:
+    return f"User '{limit.user}'" if limit.user else f"Project '{wish.project}'"
+
+
+def counted_by(limit, wish: Wish, conditions: tuple[str, ...], without: int = 0) -> list[tuple]:
+    """Those of some conditions by which a limit of a wish counts; `without` a reservation."""
+    project, user = counts_for(limit, wish)
+    values = user, project, limit.resource_id, without
+    return [pair for pair in zip(conditions, values) if pair[1]]
+
+
 
 LIMIT_FIELDS = RENAMED['limit_add']
 OLD_FIGURES = {new: old for old, new in LIMIT_FIELDS.items()}
-
 
 class Bounded(NamedTuple):
     """A limit, and a wish that it may refuse. Of each figure it says whether the wish is within,
@@ -12365,28 +12378,23 @@ class Bounded(NamedTuple):
         return old.start <= wish.start and wish.end <= old.end and (
             old.start <= self.now or old.held_from <= wish.held[0])
 
-    def counted(self, user: str, project: str, reservation: str, resource: str) -> tuple[str, list]:
-        """What counts against it, by columns: a condition and its values."""
-        limit, others = self.limit, self.others
-        wanted = {user: limit.user and self.wish.user,
-                  project: limit.project or not limit.user and self.wish.project,
-                  resource: limit.resource_id}
-        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
-        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
-        return ' AND '.join(conditions), [*conditions.values()]
+    def counted(self, conditions: tuple[str, ...]) -> list[tuple]:
+        """What counts against it."""
+        return counted_by(self.limit, self.wish, conditions,
+                          self.others.reservation if self.others else 0)
 
     def vms(self, most: int) -> tuple[bool, str]:
         (begin, until), old = self.wish.held, self.old
-        where, values = self.counted(*OF_OCCURRENCE)
-        found = run('SELECT held_from, held_until, vms FROM occurrence o '
-                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
-                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
-                    *values, until, old.id if old else 0, until, begin).fetchall()
-        where, values = self.counted(*OF_EXTRA)
-        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
-                     'AND held_from < ? AND held_until > ? '
-                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     self.own).fetchall()
+        where = self.counted(OF_OCCURRENCE)
+        found = run('SELECT held_from, held_until, vms FROM occurrence o WHERE o.due IS NOT NULL '
+                    f'AND o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? '
+                    f'AND held_from < ? AND held_until > ?{all_of(where)}',
+                    until, old.id if old else 0, until, begin, *given(where)).fetchall()
+        where = self.counted(OF_EXTRA)
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} '
+                     'AND x.held_from < ? AND x.held_until > ? '
+                     f'AND (x.proposal_id IS NOT NULL OR r.id <> ?){all_of(where)}',
+                     until, begin, self.own, *given(where)).fetchall()
         if self.others:
             found += self.others.holding(self.limit.resource_id, begin, until)
         changes = [change for first, last, vms in found
@@ -12399,15 +12407,17 @@ class Bounded(NamedTuple):
 
     def vcpu_hours(self, most: int) -> tuple[bool, str]:
         wish, old = self.wish, self.old
-        where, values = self.counted(*OF_OCCURRENCE)
-        seconds = self.others.seconds[self.limit.resource_id] if self.others else 0
+        where = self.counted(OF_OCCURRENCE)
+        seconds = self.others.vcpu_seconds[self.limit.resource_id] if self.others else 0
         seconds += run(
             'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE '
-            f'{where} AND o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
-            self.now, *values, old.id if old else 0, self.now).fetchone()[0]
-        where, values = self.counted(*OF_EXTRA)
-        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
-                    'AND proposal_id IS NOT NULL AND held_until > ?', self.now, *values, self.now)
+            'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?'
+            f'{all_of(where)}', self.now, old.id if old else 0, self.now, *given(where)
+            ).fetchone()[0]
+        where = self.counted(OF_EXTRA)
+        extra = run(f'SELECT x.vcpus * (x.held_until - max(x.held_from, ?)) {FROM_EXTRA} '
+                    f'AND x.proposal_id IS NOT NULL AND x.held_until > ?{all_of(where)}',
+                    self.now, self.now, *given(where))
         used = (seconds + sum(each for each, in extra)) / 3600
         need = wish.amount.vcpus * (wish.end - max(wish.start, self.now)) / 3600
         less = self.within and wish.amount.vcpus <= old.vcpus
@@ -12479,8 +12489,7 @@ class Limits:
     def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
         """The locks of whom the limits of a wish count."""
         for limit in self.limits_for(wish):
-            project = limit.project or not limit.user and wish.project or ''
-            yield On.COUNTED, f'{project}/{limit.user and wish.user}'
+            yield On.COUNTED, '/'.join(counts_for(limit, wish))
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
                       own: int = 0, handed: bool = False) -> None:
@@ -12489,24 +12498,29 @@ class Limits:
         if not standing().limits:
             return
         decide_on(also=self.counted_for(wish))
-        config = self.service.config
+        begun = old and old.start <= now
         for limit in self.limits_for(wish):
-            if handed and not limit.user:  # it counts for whom it has counted
+            has_counted = handed and not limit.user  # and goes on to count for the same
+            if not has_counted and (begun or not self.is_exempt(limit, wish, now)):
+                self.refuse(Bounded(limit, wish, int(now), old, others, own, self.service.config,
+                                    handed))
+
+    def is_exempt(self, limit, wish: Wish, now: float) -> bool:
+        """Whether a wish begins, and is over, so soon that a limit doesn't bind it."""
+        near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt
+        return bool(near) and wish.end - wish.start <= self.service.config.exempt_longest
+
+    def refuse(self, bounded: Bounded) -> None:
+        """Refuses what is not within the first of the figures of a limit that it is not within."""
+        limit, said = bounded.limit, figures_of(bounded.limit)
+        for name, figure in LIMIT_FIGURES.items():
+            value = said.get(name)
+            if value is None or not figure.allows:
                 continue
-            near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
-                wish.end - wish.start <= config.exempt_longest)
-            if not near or old and old.start <= now:
-                bounded = Bounded(limit, wish, int(now), old, others, own, config, handed)
-                said = figures_of(limit)
-                for name, figure in LIMIT_FIGURES.items():
-                    value = said.get(name) if figure.allows else None
-                    fits_it, passes = (True, '') if value is None else figure.allows(bounded, value)
-                    if not fits_it:
-                        whose = (f"User '{limit.user}'" if limit.user else
-                                 f"Project '{limit.project or wish.project}'")
-                        raise Conflict(f'{whose} {passes}', cause='limit',
-                                       limit=OLD_FIGURES.get(name, name), value=value,
-                                       passes=passes)
+            is_within, passes = figure.allows(bounded, value)
+            if not is_within:
+                raise Conflict(f'{who_is_limited(limit, bounded.wish)} {passes}', cause='limit',
+                               limit=OLD_FIGURES.get(name, name), value=value, passes=passes)
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
@@ -12515,13 +12529,13 @@ class Limits:
             most = figures_of(limit).get('max_waiting')
             if most is None:
                 continue
-            who, name = ('user', wish.user) if limit.user else ('project', wish.project)
+            where = counted_by(limit, wish, OF_WAITING)
             waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, "
-                         'CAST(id AS TEXT))) '
-                         f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
-                         name, int(self.service.clock())).fetchone()
+                         'CAST(id AS TEXT))) FROM reservation r WHERE waiting IS NOT NULL '
+                         f'AND over > ?{all_of(where)}',
+                         int(self.service.clock()), *given(where)).fetchone()
             if waits >= most:
-                raise Conflict(f"{who.capitalize()} '{name}' can have {counted(most, 'request')} "
+                raise Conflict(f"{who_is_limited(limit, wish)} can have {counted(most, 'request')} "
                                f'on the waiting list and already has {waits}. Cancel one '
                                'first.', limit='waiting', value=most, passes=0)
 
@@ -13990,7 +14004,8 @@ class Waiting:
             refusal.wish = self.admission.summed(request, lacking)
             raise
         self.refuse_beyond_together([part[0] for part in parts], now)
-        self.limits.refuse_many_waiting(request.last)
+        for wish in {wish.resource.id: wish for part in request.parts for wish in part}.values():
+            self.limits.refuse_many_waiting(wish)
         return self.admission.answer_all(request,
                                          [self.wait_for(part, request, now) for part in parts])
 

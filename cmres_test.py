@@ -10780,6 +10780,25 @@ def test_what_waits_no_more_does_not_count_as_waiting(world, over):
     book(world.as_user(), 'more', start=4, end=5, wait=True)
 
 
+def test_a_limit_of_waiting_requests_counts_those_that_it_is_for_alone(world):
+    for name in ('a', 'b'):
+        world.service.resource_add(name, vms=4)
+        book(world.as_user('ann', 'physics'), f'full-{name}', vms=4, resource=name)
+    world.service.limit_add(user='eva', project='biology', max_waiting=1)
+    world.service.limit_add(user='ben', resource='b', max_waiting=1)
+    book(world.as_user('eva', 'chemistry'), 'elsewhere', resource='a', wait=True)
+    book(world.as_user('eva', 'biology'), 'one', resource='a', wait=True)
+    with pytest.raises(Conflict, match="User 'eva' can have 1 request on the waiting list and already has 1"):
+        book(world.as_user('eva', 'biology'), 'two', resource='b', wait=True)
+    ben = world.as_user('ben')
+    book(ben, 'on-a', resource='a', wait=True)
+    book(ben, 'on-b', resource='b', wait=True)
+    book(ben, 'again', resource='a', wait=True)
+    for asked in {'resource': 'b'}, {'resource': '-', 'part': ['b:1', 'a:1']}:
+        with pytest.raises(Conflict, match="User 'ben' can have 1 request on the waiting list and already has 1"):
+            book(ben, 'more', wait=True, **asked)
+
+
 def test_two_that_wait_do_not_get_beyond_a_limit_together(world):
     full(world)
     world.service.limit_add(project='biology', most_vms=4)
