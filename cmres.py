@@ -11948,7 +11948,8 @@ class Wishes:
     def carried_on(self, old) -> Wish:
         """What was wished of a series, as the store has it; nobody is there to be refused."""
         clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
-        kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
+        values = self.unaltered(old)
+        kept = {name: values[name] for name in STORED} | {'lead': old.lead}
         return Wish(resource=None, start=old.start, end=old.end, vms=old.vms,
                     stretches=self.look.stretches(old.reservation) if old.repeats else [],
                     each=amount_of(old) // old.vms, warnings=[],
@@ -12310,9 +12311,9 @@ def counts_for(limit, wish: Wish) -> tuple[str, str]:
 
 
 
+
 def who_is_limited(limit, wish: Wish) -> str:
     return f"User '{limit.user}'" if limit.user else f"Project '{wish.project}'"
-
 
 def counted_by(limit, wish: Wish, conditions: tuple[str, ...], without: int = 0) -> list[tuple]:
     """Those of some conditions by which a limit of a wish counts; `without` a reservation."""
@@ -12324,10 +12325,10 @@ def counted_by(limit, wish: Wish, conditions: tuple[str, ...], without: int = 0)
 
 LIMIT_FIELDS = RENAMED['limit_add']
 OLD_FIGURES = {new: old for old, new in LIMIT_FIELDS.items()}
-
 class Bounded(NamedTuple):
     """A limit, and a wish that it may refuse. Of each figure it says whether the wish is within,
     and what a sentence says of whom is not.
+
 
     Args:
       old: its occurrence as it was, which doesn't count; what it had already, it may keep
@@ -13966,12 +13967,6 @@ class Admission:
 # held for a while. Room that becomes free is given in the transaction of the next pass.
 
 
-def kind_of_waiting(part: list[tuple]) -> tuple:
-    """What tells a part that waits from another, as `kind_of` does."""
-    return tuple((place.id, each.held_from, each.end, amount, each.server)
-                 for each, place, amount in part)
-
-
 class Waiting:
     """Requests that wait for room, and reservations that wait for a word."""
 
@@ -14040,13 +14035,14 @@ class Waiting:
                              made.reservation, wish.notify)
         return wish, made.reservation, []
 
-    def choices(self, found) -> Iterator[tuple]:
-        """The resources on one of which what waits can be, in order, and what it takes there."""
-        wanted = [(resource, of_columns(columns) if whole else of_columns(columns) * found.vms)
+    def choices(self, found) -> list[Wish]:
+        """The wishes of which the first that has room is what waits: one for each resource."""
+        wish = self.wishes.carried_on(found)
+        wanted = [(resource, {'whole' if whole else 'each': of_columns(columns)})
                   for resource, whole, columns in json.loads(found.choices or '[]')]
-        for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
-            if place := resource_of(resource):
-                yield place, amount
+        return [wish._replace(resource=place, **takes)
+                for resource, takes in wanted or [(found.resource_id, {})]
+                if (place := resource_of(resource))]
 
     def admit_waiting(self, now: float) -> bool:
         """Gives room to those that wait, and frees what waited for a word in vain; whether those
@@ -14072,9 +14068,10 @@ class Waiting:
         the next that was called already. So the line is read anew then.
         """
         for request in self.waiting_requests(now):
-            parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
+            parts = [[(each, wish) for wish in self.choices(each)] for each in request]
             try:
-                choose(parts, lambda choice, _: self.let_in(*choice, now), kind_of_waiting)
+                choose(parts, lambda choice, _: self.let_in(*choice, now),
+                       lambda part: kind_of([wish for _, wish in part]))
             # without room, or beyond a limit within which it was when it was asked for
             except Conflict as error:
                 self.try_later(request, not isinstance(error, NoCapacity), now)
@@ -14119,7 +14116,7 @@ class Waiting:
         """Notes when those without room are tried again, if nothing is given back before: of a
         window that has begun, what is held by others goes by with the next change of level."""
         for each in request:
-            names = {name for _, amount in self.choices(each) for name in amount.names}
+            names = {name for wish in self.choices(each) for name in wish.amount.names}
             for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?',
                              each.reservation):
                 later = now + 60 if limited else each.held_from
@@ -14135,10 +14132,9 @@ class Waiting:
         found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
-    def let_in(self, found, place, amount: Amount, now: float) -> None:
-        """Gives room on a resource to what waits, or raises a Conflict."""
-        wish = self.wishes.carried_on(found)._replace(resource=place, each=amount // found.vms,
-                                                      whole=amount if found.host else None)
+    def let_in(self, found, wish: Wish, now: float) -> None:
+        """Gives room to what waits, as it is wished on one resource, or raises a Conflict."""
+        place = wish.resource
         held = place.approval or found.confirm
         pending = int(now) + held if held else None
         self.bookings.commit(Deal('admitted', wish, [change_to(found, wish, now)], found, {
