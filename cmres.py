@@ -10754,6 +10754,11 @@ class Actor(NamedTuple):
     scopes: frozenset[str] = frozenset()  # of SCOPES; without any, all
     resource: int | None = None           # the only one, by its id
 
+    @property
+    def confined_to(self) -> str | None:
+        """The only project whose reservations it sees; None: it sees all."""
+        return None if self.role == ADMIN else self.project
+
     def refuse_out_of_scope(self, operation: Operation) -> None:
         """Forbidden if the token of who asks is not for an operation."""
         if self.scopes and not any(SCOPES[each](operation) for each in self.scopes):
@@ -11092,10 +11097,14 @@ def within_bytes(found: list) -> list:
             or not number]
 
 
+def in_tracks(amount: Amount) -> dict:
+    """An amount with the names of its figures, also of CLOSED."""
+    return dict(zip(FIGURES, amount)) | dict(amount.classes)
+
+
 def in_figures(amount: Amount) -> dict:
-    """An amount with the names of its figures."""
-    return dict(zip(FIGURES, amount)) | {
-        name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
+    """An amount with the names of its figures, as far as people know them."""
+    return {name: each for name, each in in_tracks(amount).items() if name not in (OTHERS, CLOSED)}
 
 
 def amount_in_words(amount: Amount) -> str:
@@ -11170,11 +11179,7 @@ STILL = {'tokens': 'revoked IS NULL', 'feeds': 'revoked IS NULL',
 
 def token_of(secret: str, now: float):
     """The row of a token; Unauthorized if it is nobody's, revoked or over."""
-    return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', hashed(secret)), now)
-
-
-def token_in_force(found, now: float):
-    """The row of a token that is good for something; Unauthorized of any other, and of none."""
+    found = row(f'{TOKEN} WHERE t.hash = ?', hashed(secret))
     if not found or found.revoked is not None:
         raise Unauthorized('This token is invalid or was revoked. Ask an admin for a new token.')
     if found.ends is not None and found.ends <= now:
@@ -11339,7 +11344,7 @@ class Service:
     def owner(self, asked: dict) -> tuple[str, str]:
         """Whose it will be: only an admin may reserve for others."""
         user, project = asked['user'] or self.actor.user, asked['project'] or self.actor.project
-        if self.actor.role != ADMIN and project != self.actor.project:
+        if self.actor.confined_to not in (None, project):
             raise Forbidden(f"You can only work in your own project, '{self.actor.project}'. Ask "
                             'an admin.')
         if self.actor.role != ADMIN and asked['user'] not in ('', self.actor.user):
@@ -11363,9 +11368,9 @@ class Lookup:
         """The conditions that keep an actor to what is theirs, and to a project."""
         actor = self.service.actor
         one = 'EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id AND resource_id = ?)'
-        return [*([] if actor.role == ADMIN else [('r.project = ?', actor.project)]),
-                *([] if actor.resource is None else [(one, actor.resource)]),
-                *([('r.project = ?', project)] if project else [])]
+        conditions = [('r.project = ?', actor.confined_to), (one, actor.resource),
+                      ('r.project = ?', project or None)]
+        return [each for each in conditions if each[1] is not None]
 
     def window(self, start, end) -> list:
         """The conditions on occurrences that overlap a window, either end of which may lack."""
@@ -11559,8 +11564,7 @@ class Lookup:
 
     def unknown(self, asked: dict, kind: str) -> str:
         """What to tell of a user or a project that has nothing where one may look; '' if known."""
-        name, actor = asked[kind], self.service.actor
-        own = '' if actor.role == ADMIN else actor.project
+        name, own = asked[kind], self.service.actor.confined_to or ''
         if not name or own and kind == 'project':
             return ''
         token = "FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
@@ -11588,12 +11592,16 @@ class Lookup:
 
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
-        given = [(column, value) for column, value in zip(PLACE, place) if value]
-        given += [('id',
-                   self.service.actor.resource)] if self.service.actor.resource is not None else []
-        condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
-        return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
-                    *(value for _, value in given))
+        where = self.at_place(dict(zip(PLACE, place)))
+        return rows(f'SELECT * FROM resource WHERE removed IS NULL{all_of(where)} ORDER BY name',
+                    *given(where))
+
+    def at_place(self, asked: dict) -> list:
+        """The conditions on the resources that are asked for, and may be asked for."""
+        conditions = [*((f'"{column}" = ?', asked.get(column) or None) for column in PLACE),
+                      ('name = ?', asked.get('resource') or None),
+                      ('id = ?', self.service.actor.resource)]
+        return [each for each in conditions if each[1] is not None]
 
     def resource_at(self, asked: dict):
         """The one resource that is named, or at the place that is asked for."""
@@ -11646,19 +11654,14 @@ class Lookup:
 
     def filtered(self, asked: dict) -> tuple[dict, list]:
         """The filters by whose and where: as `ways` takes them, and as conditions on o."""
-        own = self.service.actor.project if self.service.actor.role != ADMIN else ''
-        conditions = [('o.of_user = ?', asked['user']), ('o.of_project = ?', asked['project']),
-                      ('o.of_project = ?', own)]
-        placed = [(column, asked[column]) for column in PLACE if asked[column]]
-        placed += [('name', asked['resource'])] if asked['resource'] else []
-        placed += [('id',
-                    self.service.actor.resource)] if self.service.actor.resource is not None else []
+        own, placed = self.service.actor.confined_to, self.at_place(asked)
+        conditions = [('o.of_user = ?', asked['user'] or None),
+                      ('o.of_project = ?', asked['project'] or None), ('o.of_project = ?', own)]
         filters = {'user': asked['user'], 'project': asked['project'] or own}
         if placed:  # also on those that were removed
-            at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
-            filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}',
-                                                          *given(placed))]
-        return filters, [condition for condition in conditions if condition[1]]
+            filters['places'] = [each.id for each in rows(
+                f'SELECT id FROM resource WHERE TRUE{all_of(placed)}', *given(placed))]
+        return filters, [condition for condition in conditions if condition[1] is not None]
 
     def kept_of(self, reservation: int, over_at: float = 2**62) -> int:
         """How many VMs of a reservation that is over by then were stopped or shelved, and stay."""
@@ -11965,7 +11968,8 @@ class Wishes:
         first, ends = typed_wall(begins, zone), asked.get('end', instant(wish.end))
         length, exact = typed_length(ends, instant(wish.start), first, zone)
         if stretches and 'end' not in changes:
-            length, exact = self.stretch_of(old, stretches)[1:]
+            before = self.stretch_of(old, stretches)
+            length, exact = before.length, before.exact
         if stretches and 'start' not in changes:
             first = self.planned(old, stretches)[1]
         skips = self.read_skips(asked, zone, wish.start)
@@ -12005,14 +12009,13 @@ class Wishes:
 
     def planned(self, old, stretches: list[Stretch]) -> tuple[ZoneInfo, datetime]:
         """The zone of a series, and for when by its clocks an occurrence was planned."""
-        stretch, _, _ = self.stretch_of(old, stretches)
+        stretch = self.stretch_of(old, stretches)
         slot = datetime.fromisoformat(old.slot or stretch.start)
         return read_zone(stretch.zone), slot + timedelta(seconds=stretch.shift)
 
-    def stretch_of(self, old, stretches: list[Stretch]) -> tuple[Stretch, int, int]:
-        """The stretch that an occurrence belongs to, and its length by the clocks and exactly."""
-        stretch = next(each for each in reversed(stretches) if each.since <= old.slot)
-        return stretch, stretch.length, stretch.exact
+    def stretch_of(self, old, stretches: list[Stretch]) -> Stretch:
+        """The stretch that an occurrence belongs to."""
+        return next(each for each in reversed(stretches) if each.since <= old.slot)
 
     def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str],
                         warnings: list) -> list[Stretch]:
@@ -12115,33 +12118,37 @@ class Reasons:
         """The window that a wish holds, as far as it is not past."""
         return max(wish.held[0], int(self.service.clock())), wish.held[1]
 
+    def limits_of(self, wish: Wish) -> tuple[dict, Counter]:
+        """What there is in all of each figure that a wish takes, as far as that has a limit; and
+        how much of it is held at most in its window, of CLOSED as well."""
+        amount, most = wish.amount, capacity(wish.resource)
+        limits = in_figures(most) | {name: most.most(name) for name in amount.names}
+        held = peak(wish.resource.id, *self.to_come(wish), amount.names)
+        return ({name: limits[name] for name in in_figures(amount) if limits[name] is not None},
+                Counter(in_tracks(held)))
+
     def lack(self, wish: Wish) -> Lack | None:
         """What a wish finds too little of in its window; None if its resource has enough."""
-        begin, until = self.to_come(wish)
-        amount, limits = wish.amount, capacity(wish.resource)
-        held = peak(wish.resource.id, begin, until, amount.names)
-        used, most = dict(held.classes) | in_figures(held), in_figures(limits)
-        most |= {name: limits.most(name) for name in amount.names}
-        lacking = {name: need for name, need in in_figures(amount).items()
-                   if most[name] is not None and used.get(name, 0) + need > most[name]}
+        (limits, used), needs = self.limits_of(wish), in_figures(wish.amount)
+        lacking = {name: needs[name] for name in limits if used[name] + needs[name] > limits[name]}
         if CLOSED in used:
-            lacking, most = {CLOSED: 1}, {CLOSED: 0}
+            lacking, limits = {CLOSED: 1}, {CLOSED: 0}
         if not lacking:
             return None
         # First a host, then what there is never enough of.
         figure = min(lacking, key=lambda each: (not each.startswith(HOST),
-                                                lacking[each] <= most[each]))
-        changes = self.changes_of(wish.resource.id, begin, until, figure)
-        return Lack(figure, lacking[figure], most[figure], used.get(figure, 0),
-                    [each for each, _ in changes], changed_most(changes, begin))
+                                                lacking[each] <= limits[each]))
+        changes = self.changes_of(wish, figure)
+        return Lack(figure, lacking[figure], limits[figure], used[figure],
+                    [each for each, _ in changes], changed_most(changes, self.to_come(wish)[0]))
 
-    def changes_of(self, resource: int, begin: int, until: int, figure: str) -> list[tuple]:
-        """The changes of capacity in a window, each with how much of a figure it takes away."""
+    def changes_of(self, wish: Wish, figure: str) -> list[tuple]:
+        """The changes of capacity in its window, each with how much of a figure it takes away."""
+        begin, until = self.to_come(wish)
         found = rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL '
-                     'AND start < ? AND "end" > ? ORDER BY start', resource, until, begin)
-        held = ((each, amount_of(each, 'held_')) for each in found)
-        takes = ((each, dict(amount.classes) | in_figures(amount)) for each, amount in held)
-        return [(each, figures[figure]) for each, figures in takes if figures.get(figure)]
+                     'AND start < ? AND "end" > ? ORDER BY start', wish.resource.id, until, begin)
+        takes = ((each, in_tracks(amount_of(each, 'held_')).get(figure)) for each in found)
+        return [(each, less) for each, less in takes if less]
 
     def why_not(self, wish: Wish, lack: Lack | None) -> str:
         """The sentence that says which figure is lacking, when, and how much of it there is."""
@@ -12237,7 +12244,7 @@ class Reasons:
     def seen_in_the_way(self, found) -> dict:
         """What the actor may see of what holds something; stopped VMs that stay have no end."""
         whose = {'label': found.label, 'user': found.user, 'project': found.project}
-        mine = self.service.actor.role == ADMIN or found.project == self.service.actor.project
+        mine = self.service.actor.confined_to in (None, found.project)
         end = None if found.until >= LAST.timestamp() else instant(found.until)
         when = {'vms': found.vms, 'start': instant(found.start), 'end': end}
         return whose | when if mine else when
@@ -12251,13 +12258,9 @@ class Reasons:
             if many > (old.vms if old else 0):
                 yield many, with_vms(wish, many)
             return
-        most = capacity(wish.resource)
-        used = peak(wish.resource.id, begin, until, wish.amount.names)
-        figures = [*zip(FIGURES, most, used),
-                   *((name, most.most(name), held) for name, held in used.classes)]
-        left = {name: limit - held for name, limit, held in figures if limit is not None}
-        many = min((left[name] // need for name, need in in_figures(wish.each).items() if need
-                    and name in left), default=0)
+        limits, used = self.limits_of(wish)
+        many = min(((limits[name] - used[name]) // need for name, need in
+                    in_figures(wish.each).items() if need and name in limits), default=0)
         # Who asks for more than there ever is must ask for something else, however much is free.
         offered = lack and not wish.whole and not (lack.alone and lack.used > lack.less)
         if offered and (old.vms if old else 0) < many < wish.vms:
@@ -12305,15 +12308,15 @@ class Others:
 LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
               FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
 
+
 def counts_for(limit, wish: Wish) -> tuple[str, str]:
     """The project and the user that a limit of a wish counts; '' for any."""
     return wish.project if limit.project or not limit.user else '', limit.user
 
 
-
-
 def who_is_limited(limit, wish: Wish) -> str:
     return f"User '{limit.user}'" if limit.user else f"Project '{wish.project}'"
+
 
 def counted_by(limit, wish: Wish, conditions: tuple[str, ...], without: int = 0) -> list[tuple]:
     """Those of some conditions by which a limit of a wish counts; `without` a reservation."""
@@ -12322,13 +12325,13 @@ def counted_by(limit, wish: Wish, conditions: tuple[str, ...], without: int = 0)
     return [pair for pair in zip(conditions, values) if pair[1]]
 
 
-
 LIMIT_FIELDS = RENAMED['limit_add']
 OLD_FIGURES = {new: old for old, new in LIMIT_FIELDS.items()}
+
+
 class Bounded(NamedTuple):
     """A limit, and a wish that it may refuse. Of each figure it says whether the wish is within,
     and what a sentence says of whom is not.
-
 
     Args:
       old: its occurrence as it was, which doesn't count; what it had already, it may keep
