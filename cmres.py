@@ -11617,8 +11617,7 @@ class Lookup:
         place = [asked.get(column, '') for column in PLACE]
         if asked['resource'] != ANY:
             found = self.resource_row(asked['resource'])
-            if any(wanted not in ('', is_at)
-                   for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
+            if any(place) and found.id not in [each.id for each in self.places(*place)]:
                 raise NotFound(f"Resource '{found.name}' is not in {self.place_of(asked)}. Remove "
                                'the location, or choose another resource.')
             return [found]
@@ -11694,12 +11693,10 @@ def network_behind(place) -> tuple[str, str, str]:
     return tuple(there)
 
 
-def refuse_without_repeat(asked: dict) -> None:
-    """Invalid where something is asked for that only a series has."""
-    if not asked['repeat']:
-        field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
-        raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
-                      hint='--repeat')
+def planned_wall(stretch: Stretch, old) -> datetime:
+    """For when, by the clocks of its stretch, an occurrence was planned."""
+    slot = datetime.fromisoformat(old.slot or stretch.start)
+    return slot + timedelta(seconds=stretch.shift)
 
 
 class Wishes:
@@ -11787,9 +11784,8 @@ class Wishes:
         """Whose a reservation will be: user and project."""
         if not old:
             return self.service.owner(asked)
-        actor = self.service.actor
-        if actor.role != ADMIN and asked['user'] != old.user:
-            self.refuse_handing_on(actor, old, asked['user'])
+        if self.service.actor.role != ADMIN and asked['user'] != old.user:
+            self.refuse_handing_on(old, asked['user'])
         return asked['user'], old.project
 
     def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
@@ -11805,9 +11801,9 @@ class Wishes:
             raise Invalid('The lead time starts before the year 1970.')
         return start, end
 
-    def refuse_handing_on(self, actor: Actor, old, user: str) -> None:
+    def refuse_handing_on(self, old, user: str) -> None:
         """Only its owner gives a reservation to somebody else, who has a token of the project."""
-        if actor.user != old.user:
+        if self.service.actor.user != old.user:
             raise Forbidden(f"Only an admin can give a reservation of '{old.user}' to somebody "
                             'else.')
         if not row('SELECT id FROM token WHERE user = ? AND project = ? LIMIT 1', user,
@@ -11934,9 +11930,7 @@ class Wishes:
         classes = tuple(sorted((figure, most) for figure, most in holds.items()
                                if figure not in FIGURES))
         whole = Amount(asked['vms'], holds['vcpus'], holds['ram'], classes)
-        need = each * asked['vms']
-        missing = tuple((each, 0) for each in need.names if each not in holds)
-        if not need.within(whole._replace(classes=classes + missing)):
+        if not (each * asked['vms']).within(no_more(whole)):
             raise Invalid(f"vms: {asked['vms']} VMs of {asked['flavor']} are more than the "
                           f"host '{name}' holds: "
                           f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
@@ -11964,23 +11958,24 @@ class Wishes:
         zone = read_zone(asked.get('tz') or wish.tz or self.service.config.timezone)
         wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash,
                                                        self.service.here))
-        begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
-        first, ends = typed_wall(begins, zone), asked.get('end', instant(wish.end))
-        length, exact = typed_length(ends, instant(wish.start), first, zone)
-        if stretches and 'end' not in changes:
-            before = self.stretch_of(old, stretches)
-            length, exact = before.length, before.exact
-        if stretches and 'start' not in changes:
-            first = self.planned(old, stretches)[1]
-        skips = self.read_skips(asked, zone, wish.start)
-        refuse_without_repeat(asked)
+        if not asked['repeat']:
+            field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
+            raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
+                          hint='--repeat')
         rule = local_rule(self.ended_rule(asked, zone), zone)
+        before = self.stretch_of(old, stretches) if stretches else None
+        first = begins = self.typed_start(wish, asked, zone)
+        if before and 'start' not in changes:
+            first = planned_wall(before, old)
+        ends = asked.get('end', instant(wish.end))
+        length, exact = typed_length(ends, instant(wish.start), begins, zone)
+        if before and 'end' not in changes:
+            length, exact = before.length, before.exact
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
                           exact=exact)
-        wish.warnings.extend(unmet_skips([stretch], skips))
+        days_off = self.days_off(asked, [stretch], zone, wish.start, wish.warnings)
+        stretch = stretch._replace(skips=days_off)
         wish.warnings.extend(lost_end(stretches, rule))
-        days = self.holidays(asked.get('holidays'), zone, wish.start, wish.warnings)
-        stretch = stretch._replace(skips=(*skips, *days))
         slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
         if not slot:
             begin = self.service.config.told_time(from_wall(first, zone).timestamp(), zone.key)
@@ -11994,9 +11989,9 @@ class Wishes:
         """A series whose occurrences from one on are where a certain one is wished to be."""
         if not OWN & set(changes):
             return stretches
-        zone, planned = self.planned(old, stretches)
-        begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
-        start = typed_wall(begins, zone)
+        stretch = self.stretch_of(old, stretches)
+        zone, planned = read_zone(stretch.zone), planned_wall(stretch, old)
+        start = self.typed_start(wish, asked, zone)
         # where a gap has put it, by what was planned
         first = start if 'start' in changes or old.altered else planned
         ends = asked['end'] if 'end' in changes else instant(wish.end)
@@ -12007,11 +12002,10 @@ class Wishes:
         shift = int((start - planned).total_seconds()) if 'start' in changes else 0
         return cut_stretches(stretches, key, shift=shift, **new)
 
-    def planned(self, old, stretches: list[Stretch]) -> tuple[ZoneInfo, datetime]:
-        """The zone of a series, and for when by its clocks an occurrence was planned."""
-        stretch = self.stretch_of(old, stretches)
-        slot = datetime.fromisoformat(old.slot or stretch.start)
-        return read_zone(stretch.zone), slot + timedelta(seconds=stretch.shift)
+    def typed_start(self, wish: Wish, asked: dict, zone: ZoneInfo) -> datetime:
+        """When a wish begins by the clocks of a zone, as it was typed."""
+        start = asked['start']
+        return typed_wall(start if isinstance(start, datetime) else instant(wish.start), zone)
 
     def stretch_of(self, old, stretches: list[Stretch]) -> Stretch:
         """The stretch that an occurrence belongs to."""
@@ -12024,9 +12018,7 @@ class Wishes:
             return stretches
         zone = read_zone(stretches[-1].zone)
         now = int(self.service.clock())
-        skips = self.read_skips(asked, zone, now)
-        warnings += unmet_skips(stretches, skips)
-        skips += self.holidays(asked.get('holidays'), zone, now, warnings)
+        skips = self.days_off(asked, stretches, zone, now, warnings)
         ends = {'until', 'count'} & set(changes)
 
         def ended(stretch: Stretch) -> Stretch:
@@ -12059,8 +12051,9 @@ class Wishes:
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
-    def read_skips(self, asked: dict, zone: ZoneInfo, start: int) -> tuple[str, ...]:
-        """Days, or wall times, without an occurrence."""
+    def days_off(self, asked: dict, stretches: list[Stretch], zone: ZoneInfo, start: int,
+                 warnings: list) -> tuple[str, ...]:
+        """Days, or wall times, without an occurrence: those that are named, and holidays."""
         skips = []
         for text in asked.get('skip_dates') or ():
             found = read_argument('skip_dates', text, Day, Here(zone, instant(start)))
@@ -12068,21 +12061,19 @@ class Wishes:
                 raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24 or 24 dec.")
             skips.append(found.isoformat() if type(found) is date
                          else typed_wall(found, zone).isoformat())
-        return tuple(skips)
+        warnings += unmet_skips(stretches, skips)
+        source = asked.get('holidays')
+        return *skips, *(self.holidays(source, zone, instant(start), warnings) if source else ())
 
-    def holidays(self, source: str | None, zone: ZoneInfo, start: int,
-                 warnings: list) -> tuple[str, ...]:
+    def holidays(self, source: str, zone: ZoneInfo, start: datetime, warnings: list) -> list[str]:
         """The days of a calendar's all-day events for ten years; outside any transaction."""
-        if not source:
-            return ()
-        begin = instant(start)
         entries = read_calendar(self.fetched(source), 'the calendar of holidays')
-        begin, until = begin - timedelta(days=1), begin + timedelta(days=3653)
-        found, refused = days_of(entries, zone, begin, until)
+        found, refused = days_of(entries, zone, start - timedelta(days=1),
+                                 start + timedelta(days=3653))
         if refused and not found:
             raise BadCalendar(f'the calendar of holidays: {refused[0]}')
         warnings += [f'no holiday: {why}' for why in refused[:10]]
-        return tuple(found)
+        return found
 
     def fetched(self, source: str) -> str:
         """The text of a calendar, or of the one at an address; never of a file of this machine."""
@@ -13471,15 +13462,10 @@ class Series:
     def __init__(self, service: Service, look: Lookup, wishes: Wishes, bookings: Bookings):
         self.service, self.look, self.wishes, self.bookings = service, look, wishes, bookings
 
-    def spelled(self, deal: Deal, there: list, now: float, gentle: bool = False,
-                again: bool = True) -> Deal:
+    def spelled(self, deal: Deal, there: list, now: float) -> Deal:
         """A deal with all changes that make of a series what its stretches want.
 
         What has begun keeps its start; what was changed, left out or skipped alone stays as it is.
-
-        Args:
-          gentle: what runs goes on, also if it isn't wanted any more
-          again: what had no room, or was not wanted for a while, is tried again
         """
         wish = deal.wish
         there = [each._replace(**deal.patches.get(each.id, {})) for each in there]
@@ -13489,7 +13475,7 @@ class Series:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
                 continue
-            slot = self.settled(old, slot, wish, now, gentle, again)
+            slot = self.settled(deal, old, slot, now)
             if slot is None and old.cancelled is None:
                 gone.append(given_up(old, now))
             elif slot and self.differs(old, slot, wish):
@@ -13566,18 +13552,18 @@ class Series:
         return max(int(now) + self.service.config.horizon * 86400,
                    min(filter(None, following), default=0))
 
-    def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool,
-                again: bool) -> Slot | None:
+    def settled(self, deal: Deal, old, slot: Slot | None, now: float) -> Slot | None:
         """What an occurrence is to become, of what its series wants; None: cancelled."""
-        here = Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
-        if old.cancelled is not None:
-            same = slot and not again and (slot.start, slot.end) == (old.start, old.end)
-            return None if old.altered or same else slot
+        wish, here = deal.wish, Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
+        if old.cancelled is not None:  # what had no room is tried again by who changes the series
+            same = slot and (slot.start, slot.end) == (old.start, old.end)
+            return None if old.altered or same and deal.code == 'carried on' else slot
         if slot and old.altered:
             return here
         if now >= (old.held_from if wish.image or wish.server else old.start):
             begun = slot and slot._replace(start=old.start, resource=old.resource_id, vms=old.vms)
-            return begun or (here if gentle else None)
+            # a calendar or the horizon ends nothing that runs
+            return begun or (here if deal.code in ('carried on', 'calendar') else None)
         return slot
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
@@ -13591,8 +13577,7 @@ class Series:
         """Carries a series on as far as the horizon is now, by the zone table as it is now."""
         deal = Deal('carried on', self.wishes.carried_on(head), [], head)
         there = self.there(head.reservation)
-        return self.bookings.commit(self.spelled(deal, there, now, gentle=True, again=False),
-                                    now).done
+        return self.bookings.commit(self.spelled(deal, there, now), now).done
 
     def refresh(self, reservation: int, now: float) -> None:
         """Carries a series on, and tells what has no room; inside a transaction."""
@@ -13718,7 +13703,6 @@ class Admission:
         reservation, done = self.bookings.commit(
             self.series.spelled(deal, [], now) if wish.stretches
             else deal._replace(changes=[change_to(None, wish, now)]), now)
-        done = done if wish.stretches else []
         what = (self.told_series(wish, done) if wish.stretches
                 else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
@@ -13788,7 +13772,7 @@ class Admission:
             'series': stored_stretches(wish.stretches)})
         if not SHAPE & set(deal.asked):
             return deal
-        return self.series.spelled(deal, there, now, gentle=deal.code == 'calendar')
+        return self.series.spelled(deal, there, now)
 
     def edit_back(self, deal: Deal, now: float) -> Deal:
         """The deal that lets a series have an occurrence again that it was left without."""
@@ -14209,11 +14193,12 @@ class Offers:
             offers = [(fitting, with_vms(wish, fitting))] if fitting else []
             return str(refusal), {}, {'most_vms': offers}
         with self.bookings.as_if_without(old):  # it is not in its own way
-            lack, why = self.reasons.lack(wish), str(refusal)
+            lack = self.reasons.lack(wish)
+            why = str(refusal) or self.reasons.why_not(wish, lack)
             if not offering:
-                return why or self.reasons.why_not(wish, lack), {}, {}
-            more = {} if why else self.reasons.in_the_way(wish, lack, old.reservation if old else 0)
-            why = why or self.reasons.why_not(wish, lack)
+                return why, {}, {}
+            more = {} if str(refusal) else self.reasons.in_the_way(
+                wish, lack, old.reservation if old else 0)
             later = self.later(wish, getattr(refusal, 'others', ()))
             return why, more, {
                 'next_start': [*itertools.islice(later, MOST_OFFERS)],
@@ -14225,21 +14210,13 @@ class Offers:
         found = {}
         for name, candidates in offers.items():
             for offer, wish in candidates:
-                if self.would_do(deed, wish, OFFERS[name]):
+                replans.searches = 0
+                with suppress(Error), undone():
+                    deed(wish, OFFERS[name])
                     found[name] = offer
                     found |= {'latest_end': instant(wish.end)} if name == 'longest' else {}
                     break
         return found
-
-    def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
-        """Whether something can be done; it is undone."""
-        try:
-            replans.searches = 0
-            with undone():
-                deed(wish, field)
-                return True
-        except Error:
-            return False
 
     def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
         """The same later: where there is room, and when something ends that was in the way."""
