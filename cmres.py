@@ -10922,9 +10922,11 @@ def changed_together(service: Service, method: Callable, given: list[dict]) -> l
         if all(waits) or not any(waits):
             return answers
         attempt.undo()
-    acting = service.acting(service.actor)
-    acting.bookings.proposes_all = True
-    return [method(acting, **each) for each in given]
+    service.bookings.proposes_all = True
+    try:
+        return [method(service, **each) for each in given]
+    finally:
+        service.bookings.proposes_all = False
 
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is
@@ -12979,7 +12981,7 @@ class Bookings:
                     if not each.host]
             span = max((resource_of(each.resource, removed=True).approval for each in more),
                        default=0)
-            if not more or not span and not self.proposes_all:
+            if not span and (not self.proposes_all or old.pending is not None):
                 return made
             if old.pending is not None:
                 change(Reservation, old.reservation, pending=int(now) + span, confirm=0)
@@ -14191,7 +14193,7 @@ class Offers:
         if wish.stretches:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
             offers = [(fitting, with_vms(wish, fitting))] if fitting else []
-            return str(refusal), {}, {'most_vms': offers}
+            return str(refusal) or A_MOMENT_AGO, {}, {'most_vms': offers}
         with self.bookings.as_if_without(old):  # it is not in its own way
             lack = self.reasons.lack(wish)
             why = str(refusal) or self.reasons.why_not(wish, lack)

@@ -6578,11 +6578,12 @@ def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
         book(service, 'more', resource='india', vms=3, flavor='m1.small')
 
 
-def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service):
+@pytest.mark.parametrize('repeat', ['', 'FREQ=DAILY'])
+def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service, repeat):
     asked = {name: each.default for name, each in API['add'].parameters.items()}
     wish = service.wishes.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
-                                      'end': NOON + hours(2)})
-    with pytest.raises(NoCapacity), cmres.transaction(), service.offers.explaining(wish):
+                                      'end': NOON + hours(2), 'repeat': repeat})
+    with pytest.raises(NoCapacity, match='at the same moment'), cmres.transaction(), service.offers.explaining(wish):
         raise NoCapacity('')  # as admit did, a moment before somebody else cancelled
 
 
@@ -10242,6 +10243,21 @@ def test_of_a_request_all_parts_wait_with_the_one_that_needs_approval(world):
     for hour in (30, 30.1):
         world.at(hour)
     assert {each['state'] for each in eva.list('exam')} == {'ended'} and world.service.check()['differences'] == 0
+
+
+def test_a_part_that_is_made_shorter_waits_with_one_that_needs_approval(world):
+    world.service.resource_add('app', vms=8, approval=hours(24))
+    eva = world.as_user()
+    eva.add('exam', '-', NOON + hours(1), NOON + hours(3), part=['demo:1', 'app:1'])
+    world.service.approve('exam')
+    eva.update('exam-1', end=NOON + hours(6))
+    parts = eva.update('exam', end=NOON + hours(4))['parts']
+    assert [each['end'] for each in parts] == [NOON + hours(6), NOON + hours(3)]
+    assert [each['change']['end'] for each in parts] == [NOON + hours(4)] * 2
+    world.service.approve('exam')
+    assert [each['end'] for each in eva.list('exam')] == [NOON + hours(4)] * 2
+    eva.update('exam-1', end=NOON + hours(2))
+    assert eva.list('exam-1')[0]['end'] == NOON + hours(2) and world.service.check()['differences'] == 0
 
 
 def test_an_event_of_a_calendar_that_grows_waits_for_approval(world, approving):
