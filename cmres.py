@@ -10942,13 +10942,13 @@ SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 1
 FIXED = (*MADE_OF, 'resource', 'start', 'lead', 'host', 'affinity', 'where')
 #: What a wish has as it is asked for.
 SAME = ('label', 'vms', 'description', 'repeat', 'on_conflict')
-STORED = ('label', 'user', 'project', *MADE_OF, 'at_end', 'notify', 'lead', 'description',
-          'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite', 'affinity',
-          'where')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
+#: What of a wish is kept in columns of its reservation.
+STORED = tuple(name for name in Wish._fields
+               if name not in (*OWN, 'stretches', 'each', 'warnings', 'whole'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
                'affinity', 'where', 'lead', 'on_conflict', 'at_end', 'calendar'}
@@ -11674,13 +11674,12 @@ class Lookup:
         """The servers that stay after their end, of a label or all, that the actor may see."""
         where = self.visible(project)
         where += [self.among('r.id', self.labelled(label))] if label else []
-        return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped',
-          'shelved') AS state,
+        return rows(f"""SELECT v.name, r.label, r.project, r.user,
+                               iif(v.goal = 'stop', 'stopped', 'shelved') AS state,
                                v.addresses, o."end", v.account, v.uid, v.id, r.id AS reservation
                           FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                           JOIN reservation r ON r.id = o.reservation_id
-                         WHERE v.state = 'kept'
-                           AND NOT v.borrowed{all_of(where)}
+                         WHERE v.state = 'kept' AND NOT v.borrowed{all_of(where)}
                          ORDER BY v.id""", *given(where))
 
 
@@ -11742,8 +11741,9 @@ class Wishes:
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
             stretches = self.ended_stretches(stretches, asked, changes, warnings)
             return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
-        again = REPEATING & {name for name in changes if asked.get(name)}
-        return self.repeating(wish, asked, old, stretches, key, changes) if again else wish
+        if any(asked.get(name) for name in REPEATING & changes):
+            return self.repeating(wish, asked, old, stretches, key, changes)
+        return wish
 
     def made_of(self, asked: dict, old, place, changes: set, warnings: list) -> tuple[Amount, dict]:
         """What one machine takes; which server it is, which host is reserved, whom one trusts."""
@@ -11955,7 +11955,7 @@ class Wishes:
                     whole=amount_of(old) if old.host else None, **kept | {'on_conflict': clash})
 
     def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
-                  changes: Iterable[str]) -> Wish:
+                  changes: set) -> Wish:
         """A wish with the series that it asks for, which begins with the first slot of its rule."""
         zone = read_zone(asked.get('tz') or wish.tz or self.service.config.timezone)
         wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash,
@@ -11987,9 +11987,9 @@ class Wishes:
                              stretches=stretches)
 
     def moved_stretches(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
-                        changes: Iterable[str]) -> list[Stretch]:
+                        changes: set) -> list[Stretch]:
         """A series whose occurrences from one on are where a certain one is wished to be."""
-        if not OWN & set(changes):
+        if not OWN & changes:
             return stretches
         stretch = self.stretch_of(old, stretches)
         zone, planned = read_zone(stretch.zone), planned_wall(stretch, old)
@@ -12013,15 +12013,15 @@ class Wishes:
         """The stretch that an occurrence belongs to."""
         return next(each for each in reversed(stretches) if each.since <= old.slot)
 
-    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str],
+    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: set,
                         warnings: list) -> list[Stretch]:
         """A series with further days left out, or with another end."""
-        if not REPEATING & set(changes):
+        if not REPEATING & changes:
             return stretches
         zone = read_zone(stretches[-1].zone)
         now = int(self.service.clock())
         skips = self.days_off(asked, stretches, zone, now, warnings)
-        ends = {'until', 'count'} & set(changes)
+        ends = {'until', 'count'} & changes
 
         def ended(stretch: Stretch) -> Stretch:
             rule = stretch.rule
@@ -12104,8 +12104,8 @@ class Wishes:
 class Reasons:
     """Why something has no room, and what is in its way."""
 
-    def __init__(self, service: Service, look: Lookup):
-        self.service, self.look = service, look
+    def __init__(self, service: Service):
+        self.service = service
 
     def to_come(self, wish: Wish) -> tuple[int, int]:
         """The window that a wish holds, as far as it is not past."""
@@ -12450,14 +12450,9 @@ LimitAnswer = answer_kind(
     **FIGURE_FIELDS)
 
 
-def figures_of(limit) -> dict:
-    """What a limit says, by the names of figures."""
-    return json.loads(limit.figures)
-
-
 def shown_limit(found) -> dict:
     """A limit as answers show it, under the old names as well: lengths in words."""
-    said = figures_of(found)
+    said = json.loads(found.figures)
     shown = {name: format_duration(said[name]) if each.kind is Span and name in said
              else said.get(name) for name, each in LIMIT_FIGURES.items()}
     shown |= {'exempt_within': format_duration(found.exempt), 'lock': format_duration(found.lock)}
@@ -12480,8 +12475,8 @@ class Limits:
 
     def ahead(self, wish: Wish) -> list[int]:
         """How far ahead the limits of a wish let it begin, each that says so."""
-        said = (figures_of(limit).get('max_advance') for limit in self.limits_for(wish))
-        return [each for each in said if each is not None]
+        said = [json.loads(limit.figures) for limit in self.limits_for(wish)]
+        return [each['max_advance'] for each in said if 'max_advance' in each]
 
     def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
         """The locks of whom the limits of a wish count."""
@@ -12509,7 +12504,7 @@ class Limits:
 
     def refuse(self, bounded: Bounded) -> None:
         """Refuses what is not within the first of the figures of a limit that it is not within."""
-        limit, said = bounded.limit, figures_of(bounded.limit)
+        limit, said = bounded.limit, json.loads(bounded.limit.figures)
         for name, figure in LIMIT_FIGURES.items():
             value = said.get(name)
             if value is None or not figure.allows:
@@ -12523,7 +12518,7 @@ class Limits:
         """Refuses to let a user or a project wait with more requests than a limit says."""
         decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
-            most = figures_of(limit).get('max_waiting')
+            most = json.loads(limit.figures).get('max_waiting')
             if most is None:
                 continue
             where = counted_by(limit, wish, OF_WAITING)
@@ -14148,8 +14143,7 @@ class Offers:
     """Explains refusals."""
 
     def __init__(self, service: Service, wishes: Wishes, reasons: Reasons, bookings: Bookings):
-        self.service, self.look, self.wishes = service, reasons.look, wishes
-        self.reasons, self.bookings = reasons, bookings
+        self.service, self.wishes, self.reasons, self.bookings = service, wishes, reasons, bookings
 
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
@@ -14267,7 +14261,7 @@ class Operations(Service):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.look = Lookup(self)
-        self.wishes, self.reasons = Wishes(self, self.look), Reasons(self, self.look)
+        self.wishes, self.reasons = Wishes(self, self.look), Reasons(self)
         self.limits = Limits(self)
         self.policy = Policy(self, self.look, self.limits, self.reasons)
         self.bookings = Bookings(self, self.policy, self.reasons)
