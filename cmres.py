@@ -12602,7 +12602,8 @@ class View(NamedTuple):
     """What rules look at beside a change."""
     now: float
     own: int  # its reservation; 0: a new one
-    others: Others | None  # the other occurrences that change with it
+    changing: set[int]  # the ids of the occurrences that change with it
+    others: Others | None  # what those have that don't, and what these are to have
     line: tuple  # its place among those that wait, if it waits
     returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
     seats: dict = {}  # of a series that starts stopped VMs again, the hosts on which they are
@@ -12721,8 +12722,10 @@ class Policy:
         other = row('SELECT r.label, r.user, r.project, o.vms, o.start, o."end" AS until '
                     'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                     "WHERE r.server = ? AND r.server <> '' AND o.due IS NOT NULL "
-                    'AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
-                    wish.server, wish.held[1], wish.held[0], view.own)
+                    'AND o.held_from < ? AND o.held_until > ? AND o.held_until > o.held_from '
+                    'AND o.id NOT IN numbers(?) AND (r.id <> ? OR o.start < ? AND o."end" > ?)',
+                    wish.server, wish.held[1], wish.held[0], json.dumps([*view.changing]),
+                    view.own, wish.end, wish.start)  # the next one may come ahead by its lead
         if other:
             # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
@@ -13051,7 +13054,8 @@ class Bookings:
         changing = {each.before.id for each in deal.changes if each.before}
         others = self.others_of(own, changing, now) if several and standing().limits else None
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
+        view = View(now, own, changing, others, line, deal.code == UNDO,
+                    self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
             if others and each.after:

@@ -9212,6 +9212,23 @@ def test_occurrences_of_a_series_do_not_share_a_machine_that_exists(world, servi
     refused(lambda: series(service, 'daily', server=uid, end=40, count=2, dry_run=True), Conflict)
 
 
+def test_a_changed_occurrence_does_not_share_a_machine_that_exists_with_another(world, service):
+    world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    begins = series(service, 'daily', server='mine', count=3)['start']
+    done = service.update('class', start=begins + hours(24))['occurrences']  # each where the next one was
+    first, second, _ = [each for each in done if each['outcome'] != 'cancelled']
+    into_the_first = {'start': first['start'] + hours(1), 'end': first['start'] + hours(5)}
+    for deed in (lambda: service.extend('class', hours(23)),
+                 lambda: service.update('class', occurrence=second['start'], **into_the_first)):
+        with pytest.raises(Conflict, match="Server '.*' is reserved by 'class' at that time"):
+            deed()
+    service.skip('class', occurrence=second['start'])
+    service.extend('class', hours(23))
+    with pytest.raises(Conflict, match='is reserved'):
+        service.skip('class', occurrence=second['start'], undo=True)
+    assert not service.check()['differences']
+
+
 def test_a_resource_that_a_series_still_needs_can_not_be_deleted(world, service):
     service.resource_add('spare')
     series(service, 'every 3 years')
@@ -12122,6 +12139,17 @@ def test_a_host_that_waits_at_a_place_is_let_in_as_a_whole(world, monkeypatch):
     found, = world.as_user().list('lab')
     assert (found['resource'], found['vcpus'], found['classes']) == ('gpv', 16, {'CUSTOM_GPU': 4, 'host:gpu-1': 1})
     assert world.service.check()['differences'] == 0
+
+
+def test_what_waits_with_a_machine_that_exists_keeps_nobody_from_it(world, service):
+    world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    service.resource_add('app', cloud='simulated', vms=1)
+    full(world)
+    assert book(service, 'waits', 2, 3, server='mine', wait=True)['state'] == 'waiting'
+    assert book(service, 'has-it', 1, 4, resource='app', server='mine')['state'] == 'reserved'
+    service.delete('full')
+    world.cycle.settle()
+    assert world.state('waits') == 'waiting'
 
 
 def test_two_that_wait_with_one_server_are_not_let_in_together(world):
