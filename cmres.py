@@ -11808,8 +11808,8 @@ class Wishes:
         if self.service.actor.user != old.user:
             raise Forbidden(f"Only an admin can give a reservation of '{old.user}' to somebody "
                             'else.')
-        if not row('SELECT id FROM token WHERE user = ? AND project = ? LIMIT 1', user,
-                   old.project):
+        if not row(f'SELECT id FROM token t WHERE user = ? AND project = ? AND {IN_FORCE} LIMIT 1',
+                   user, old.project, self.service.clock()):
             raise Forbidden(f"'{user}' has no token in project '{old.project}'. Ask an admin.")
 
     def refuse_untellable(self, name: str, targets: Iterable[str], most: int, web: bool) -> None:
@@ -14376,7 +14376,8 @@ class Approvals(Operations):
                  or [self.look.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
-            f'{PROPOSED} AND reservation_id = ? ORDER BY id', each.reservation)]
+            f'{PROPOSED} AND reservation_id = ? AND until > ? ORDER BY id', each.reservation,
+            int(self.clock()))]
         if not pending and not proposals:
             raise Conflict(f"'{label}' is {found[0].state}. There is nothing to approve or accept.")
         return found, pending, proposals

@@ -10219,6 +10219,17 @@ def test_of_a_series_one_occurrence_waits_and_the_others_do_not(world, approving
     assert world.service.check()['differences'] == 0
 
 
+def test_a_change_of_an_occurrence_that_is_over_is_approved_no_more(world, approving):
+    book(approving, resource='asks', repeat='daily', count=3)
+    world.service.approve('lab')
+    approving.update('lab', occurrence=NOON.date(), vms=4)
+    world.now += 3.5 * 3600  # and the life cycle has not looked yet
+    with pytest.raises(Conflict, match="'lab' is reserved. There is nothing to approve"):
+        world.service.approve('lab')
+    assert [(each['start'], each['vms']) for each in approving.show('lab')['occurrences']] == [
+        (NOON + hours(n), 1) for n in (25, 49)]
+
+
 def test_a_series_that_is_approved_grows_by_approval_alone(world, approving):
     book(approving, resource='asks', repeat='weekly', count=3)
     world.service.approve('lab')
@@ -23902,6 +23913,8 @@ def test_an_owner_hands_a_reservation_on(world):
     book(world.as_user('eva'))
     with pytest.raises(Forbidden, match="Only an admin can give a reservation of 'eva'"):
         world.as_user('tom').update('lab', user='tom')
+    world.service.token_add('tom', 'biology', lasts=hours(1))
+    world.service.token_revoke(world.service.token_list()[-1]['id'])
     with pytest.raises(Forbidden, match="'tom' has no token in project 'biology'"):
         world.as_user('eva').update('lab', user='tom')
     world.service.token_add('tom', 'biology')
