@@ -12275,9 +12275,8 @@ class Others:
         self.reservation, self.now = reservation, int(now)
         # by slot: with the start, from which on hours count
         self.holds: dict[str, list[tuple[Hold, int]]] = {}
-        # by resource; None: of all together
-        self.vms: dict[int | None, Profile] = defaultdict(Profile)
-        self.vcpu_seconds: dict[int | None, int] = defaultdict(int)
+        self.vms: dict[int, Profile] = defaultdict(Profile)  # by resource
+        self.vcpu_seconds: dict[int | None, int] = defaultdict(int)  # None: of all together
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
@@ -12287,15 +12286,16 @@ class Others:
 
     def count(self, slot: str, sign: int) -> None:
         for each, start in self.holds.get(slot, ()):
+            self.vms[each.resource].add(each.begin, each.until, (sign * each.amount.vms, 0, 0))
             seconds = max(each.until - max(each.begin, start, self.now), 0)
             for resource in (None, each.resource):
-                self.vms[resource].add(each.begin, each.until, (sign * each.amount.vms, 0, 0))
                 self.vcpu_seconds[resource] += sign * each.amount.vcpus * seconds
 
     def holding(self, resource: int | None, begin: int, until: int) -> list[tuple[int, int, int]]:
         """A window in pieces: when, and how many VMs are held then on a resource, or on any."""
-        return [(first, last, vms)
-                for first, last, (vms, _, _) in self.vms[resource].within(begin, until)]
+        profiles = [self.vms[resource]] if resource else [*self.vms.values()]
+        return [(first, last, vms) for profile in profiles
+                for first, last, (vms, _, _) in profile.within(begin, until)]
 
 
 LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
