@@ -11156,8 +11156,8 @@ THEN = ('notify', 'move', 'cancel')
 ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL LIMIT 1'
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
             'JOIN resource s ON s.id = o.resource_id')
-FROM_EXTRA = ('FROM extra_hold x CROSS JOIN reservation r ON r.id = x.reservation_id '
-              'WHERE x.host_id IS NULL')
+FROM_EXTRA = ('FROM extra_hold x WHERE x.host_id IS NULL AND '
+              'EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id{})')
 #: By what a limit counts: conditions on a user, a project, a resource, and those that don't count.
 OF_OCCURRENCE = ('o.of_user = ?', 'o.of_project = ?', 'o.resource_id = ?', 'o.reservation_id <> ?')
 OF_EXTRA = ('r.user = ?', 'r.project = ?', 'x.resource_id = ?', 'r.id <> ?')
@@ -12388,10 +12388,11 @@ class Bounded(NamedTuple):
                     f'AND held_from < ? AND held_until > ?{all_of(where)}',
                     until, old.id if old else 0, until, begin, *given(where)).fetchall()
         where = self.counted(OF_EXTRA)
-        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA} '
-                     'AND x.held_from < ? AND x.held_until > ? '
-                     f'AND (x.proposal_id IS NOT NULL OR r.id <> ?){all_of(where)}',
-                     until, begin, self.own, *given(where)).fetchall()
+        extra = FROM_EXTRA.format(all_of(where))
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {extra} '
+                     'AND held_from < ? AND held_until > ? '
+                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *given(where),
+                     until, begin, self.own).fetchall()
         if self.others:
             found += self.others.holding(self.limit.resource_id, begin, until)
         changes = [change for first, last, vms in found
@@ -12412,9 +12413,10 @@ class Bounded(NamedTuple):
             f'{all_of(where)}', self.now, old.id if old else 0, self.now, *given(where)
             ).fetchone()[0]
         where = self.counted(OF_EXTRA)
-        extra = run(f'SELECT x.vcpus * (x.held_until - max(x.held_from, ?)) {FROM_EXTRA} '
-                    f'AND x.proposal_id IS NOT NULL AND x.held_until > ?{all_of(where)}',
-                    self.now, self.now, *given(where))
+        extra = run('SELECT vcpus * (held_until - max(held_from, ?)) '
+                    f'{FROM_EXTRA.format(all_of(where))} '
+                    'AND proposal_id IS NOT NULL AND held_until > ?',
+                    self.now, *given(where), self.now)
         used = (seconds + sum(each for each, in extra)) / 3600
         need = wish.amount.vcpus * (wish.end - max(wish.start, self.now)) / 3600
         less = self.within and wish.amount.vcpus <= old.vcpus
