@@ -10779,6 +10779,11 @@ class Actor(NamedTuple):
     scopes: frozenset[str] = frozenset()  # of SCOPES; without any, all
     resource: int | None = None           # the only one, by its id
 
+    @property
+    def confined_to(self) -> str | None:
+        """The only project whose reservations it sees; None: it sees all."""
+        return None if self.role == ADMIN else self.project
+
     def refuse_out_of_scope(self, operation: Operation) -> None:
         """Forbidden if the token of who asks is not for an operation."""
         if self.scopes and not any(SCOPES[each](operation) for each in self.scopes):
@@ -10942,9 +10947,11 @@ def changed_together(service: Service, method: Callable, given: list[dict]) -> l
         if all(waits) or not any(waits):
             return answers
         attempt.undo()
-    acting = service.acting(service.actor)
-    acting.bookings.proposes_all = True
-    return [method(acting, **each) for each in given]
+    service.bookings.proposes_all = True
+    try:
+        return [method(service, **each) for each in given]
+    finally:
+        service.bookings.proposes_all = False
 
 
 #: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is
@@ -10960,13 +10967,13 @@ SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 1
 FIXED = (*MADE_OF, 'resource', 'start', 'lead', 'host', 'affinity', 'where')
 #: What a wish has as it is asked for.
 SAME = ('label', 'vms', 'description', 'repeat', 'on_conflict')
-STORED = ('label', 'user', 'project', *MADE_OF, 'at_end', 'notify', 'lead', 'description',
-          'personal', 'repeat', 'tz', 'on_conflict', 'host', 'trusted', 'invite', 'affinity',
-          'where')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
+#: What of a wish is kept in columns of its reservation.
+STORED = tuple(name for name in Wish._fields
+               if name not in (*OWN, 'stretches', 'each', 'warnings', 'whole'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
                'affinity', 'where', 'lead', 'on_conflict', 'at_end', 'calendar'}
@@ -11117,10 +11124,14 @@ def within_bytes(found: list) -> list:
             or not number]
 
 
+def in_tracks(amount: Amount) -> dict:
+    """An amount with the names of its figures, also of CLOSED."""
+    return dict(zip(FIGURES, amount)) | dict(amount.classes)
+
+
 def in_figures(amount: Amount) -> dict:
-    """An amount with the names of its figures."""
-    return dict(zip(FIGURES, amount)) | {
-        name: each for name, each in amount.classes if name not in (OTHERS, CLOSED)}
+    """An amount with the names of its figures, as far as people know them."""
+    return {name: each for name, each in in_tracks(amount).items() if name not in (OTHERS, CLOSED)}
 
 
 def amount_in_words(amount: Amount) -> str:
@@ -11171,10 +11182,12 @@ ANY_APPROVAL = 'SELECT id FROM resource WHERE approval > 0 AND removed IS NULL L
 FROM_ALL = ('FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
             'JOIN resource s ON s.id = o.resource_id')
 FROM_EXTRA = ('FROM extra_hold x WHERE x.host_id IS NULL AND '
-              'EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id AND {})')
-#: By whom and what counts against limits: the columns of user, project, reservation and resource.
-OF_OCCURRENCE = ('o.of_user', 'o.of_project', 'o.reservation_id', 'o.resource_id')
-OF_EXTRA = ('r.user', 'r.project', 'r.id', 'x.resource_id')
+              'EXISTS (SELECT 1 FROM reservation r WHERE r.id = x.reservation_id{})')
+#: By what a limit counts: conditions on a user, a project, a resource, and those that don't count.
+OF_OCCURRENCE = ('o.of_user = ?', 'o.of_project = ?', 'o.resource_id = ?', 'o.reservation_id <> ?')
+OF_EXTRA = ('r.user = ?', 'r.project = ?', 'x.resource_id = ?', 'r.id <> ?')
+OF_WAITING = ('r.user = ?', 'r.project = ?',
+              'r.id IN (SELECT reservation_id FROM wait WHERE resource_id = ?)', '')
 
 
 def hashed(token: str) -> str:
@@ -11193,11 +11206,7 @@ STILL = {'tokens': 'revoked IS NULL', 'feeds': 'revoked IS NULL',
 
 def token_of(secret: str, now: float):
     """The row of a token; Unauthorized if it is nobody's, revoked or over."""
-    return token_in_force(row(f'{TOKEN} WHERE t.hash = ?', hashed(secret)), now)
-
-
-def token_in_force(found, now: float):
-    """The row of a token that is good for something; Unauthorized of any other, and of none."""
+    found = row(f'{TOKEN} WHERE t.hash = ?', hashed(secret))
     if not found or found.revoked is not None:
         raise Unauthorized('This token is invalid or was revoked. Ask an admin for a new token.')
     if found.ends is not None and found.ends <= now:
@@ -11362,7 +11371,7 @@ class Service:
     def owner(self, asked: dict) -> tuple[str, str]:
         """Whose it will be: only an admin may reserve for others."""
         user, project = asked['user'] or self.actor.user, asked['project'] or self.actor.project
-        if self.actor.role != ADMIN and project != self.actor.project:
+        if self.actor.confined_to not in (None, project):
             raise Forbidden(f"You can only work in your own project, '{self.actor.project}'. Ask "
                             'an admin.')
         if self.actor.role != ADMIN and asked['user'] not in ('', self.actor.user):
@@ -11386,9 +11395,9 @@ class Lookup:
         """The conditions that keep an actor to what is theirs, and to a project."""
         actor = self.service.actor
         one = 'EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id AND resource_id = ?)'
-        return [*([] if actor.role == ADMIN else [('r.project = ?', actor.project)]),
-                *([] if actor.resource is None else [(one, actor.resource)]),
-                *([('r.project = ?', project)] if project else [])]
+        conditions = [('r.project = ?', actor.confined_to), (one, actor.resource),
+                      ('r.project = ?', project or None)]
+        return [each for each in conditions if each[1] is not None]
 
     def window(self, start, end) -> list:
         """The conditions on occurrences that overlap a window, either end of which may lack."""
@@ -11582,8 +11591,7 @@ class Lookup:
 
     def unknown(self, asked: dict, kind: str) -> str:
         """What to tell of a user or a project that has nothing where one may look; '' if known."""
-        name, actor = asked[kind], self.service.actor
-        own = '' if actor.role == ADMIN else actor.project
+        name, own = asked[kind], self.service.actor.confined_to or ''
         if not name or own and kind == 'project':
             return ''
         token = "FROM token WHERE ?1 IN ('', project) AND revoked IS NULL"
@@ -11611,12 +11619,16 @@ class Lookup:
 
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
-        given = [(column, value) for column, value in zip(PLACE, place) if value]
-        given += [('id',
-                   self.service.actor.resource)] if self.service.actor.resource is not None else []
-        condition = ''.join(f' AND "{column}" = ?' for column, _ in given)
-        return rows(f'SELECT * FROM resource WHERE removed IS NULL{condition} ORDER BY name',
-                    *(value for _, value in given))
+        where = self.at_place(dict(zip(PLACE, place)))
+        return rows(f'SELECT * FROM resource WHERE removed IS NULL{all_of(where)} ORDER BY name',
+                    *given(where))
+
+    def at_place(self, asked: dict) -> list:
+        """The conditions on the resources that are asked for, and may be asked for."""
+        conditions = [*((f'"{column}" = ?', asked.get(column) or None) for column in PLACE),
+                      ('name = ?', asked.get('resource') or None),
+                      ('id = ?', self.service.actor.resource)]
+        return [each for each in conditions if each[1] is not None]
 
     def resource_at(self, asked: dict):
         """The one resource that is named, or at the place that is asked for."""
@@ -11632,8 +11644,7 @@ class Lookup:
         place = [asked.get(column, '') for column in PLACE]
         if asked['resource'] != ANY:
             found = self.resource_row(asked['resource'])
-            if any(wanted not in ('', is_at)
-                   for wanted, is_at in zip(place, (getattr(found, each) for each in PLACE))):
+            if any(place) and found.id not in [each.id for each in self.places(*place)]:
                 raise NotFound(f"Resource '{found.name}' is not in {self.place_of(asked)}. Remove "
                                'the location, or choose another resource.')
             return [found]
@@ -11669,19 +11680,14 @@ class Lookup:
 
     def filtered(self, asked: dict) -> tuple[dict, list]:
         """The filters by whose and where: as `ways` takes them, and as conditions on o."""
-        own = self.service.actor.project if self.service.actor.role != ADMIN else ''
-        conditions = [('o.of_user = ?', asked['user']), ('o.of_project = ?', asked['project']),
-                      ('o.of_project = ?', own)]
-        placed = [(column, asked[column]) for column in PLACE if asked[column]]
-        placed += [('name', asked['resource'])] if asked['resource'] else []
-        placed += [('id',
-                    self.service.actor.resource)] if self.service.actor.resource is not None else []
+        own, placed = self.service.actor.confined_to, self.at_place(asked)
+        conditions = [('o.of_user = ?', asked['user'] or None),
+                      ('o.of_project = ?', asked['project'] or None), ('o.of_project = ?', own)]
         filters = {'user': asked['user'], 'project': asked['project'] or own}
         if placed:  # also on those that were removed
-            at = ' AND '.join(f'"{column}" = ?' for column, _ in placed)
-            filters['places'] = [each.id for each in rows(f'SELECT id FROM resource WHERE {at}',
-                                                          *given(placed))]
-        return filters, [condition for condition in conditions if condition[1]]
+            filters['places'] = [each.id for each in rows(
+                f'SELECT id FROM resource WHERE TRUE{all_of(placed)}', *given(placed))]
+        return filters, [condition for condition in conditions if condition[1] is not None]
 
     def kept_of(self, reservation: int, over_at: float = 2**62) -> int:
         """How many VMs of a reservation that is over by then were stopped or shelved, and stay."""
@@ -11693,13 +11699,12 @@ class Lookup:
         """The servers that stay after their end, of a label or all, that the actor may see."""
         where = self.visible(project)
         where += [self.among('r.id', self.labelled(label))] if label else []
-        return rows(f"""SELECT v.name, r.label, r.project, r.user, iif(v.goal = 'stop', 'stopped',
-          'shelved') AS state,
+        return rows(f"""SELECT v.name, r.label, r.project, r.user,
+                               iif(v.goal = 'stop', 'stopped', 'shelved') AS state,
                                v.addresses, o."end", v.account, v.uid, v.id, r.id AS reservation
                           FROM server v JOIN occurrence o ON o.id = v.occurrence_id
                           JOIN reservation r ON r.id = o.reservation_id
-                         WHERE v.state = 'kept'
-                           AND NOT v.borrowed{all_of(where)}
+                         WHERE v.state = 'kept' AND NOT v.borrowed{all_of(where)}
                          ORDER BY v.id""", *given(where))
 
 
@@ -11714,12 +11719,10 @@ def network_behind(place) -> tuple[str, str, str]:
     return tuple(there)
 
 
-def refuse_without_repeat(asked: dict) -> None:
-    """Invalid where something is asked for that only a series has."""
-    if not asked['repeat']:
-        field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
-        raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
-                      hint='--repeat')
+def planned_wall(stretch: Stretch, old) -> datetime:
+    """For when, by the clocks of its stretch, an occurrence was planned."""
+    slot = datetime.fromisoformat(old.slot or stretch.start)
+    return slot + timedelta(seconds=stretch.shift)
 
 
 class Wishes:
@@ -11763,8 +11766,9 @@ class Wishes:
             stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
             stretches = self.ended_stretches(stretches, asked, changes, warnings)
             return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
-        again = REPEATING & {name for name in changes if asked.get(name)}
-        return self.repeating(wish, asked, old, stretches, key, changes) if again else wish
+        if any(asked.get(name) for name in REPEATING & changes):
+            return self.repeating(wish, asked, old, stretches, key, changes)
+        return wish
 
     def made_of(self, asked: dict, old, place, changes: set, warnings: list) -> tuple[Amount, dict]:
         """What one machine takes; which server it is, which host is reserved, whom one trusts."""
@@ -11807,9 +11811,8 @@ class Wishes:
         """Whose a reservation will be: user and project."""
         if not old:
             return self.service.owner(asked)
-        actor = self.service.actor
-        if actor.role != ADMIN and asked['user'] != old.user:
-            self.refuse_handing_on(actor, old, asked['user'])
+        if self.service.actor.role != ADMIN and asked['user'] != old.user:
+            self.refuse_handing_on(old, asked['user'])
         return asked['user'], old.project
 
     def resolve_window(self, asked: dict, old, lead: int) -> tuple[int, int]:
@@ -11825,13 +11828,13 @@ class Wishes:
             raise Invalid('The lead time starts before the year 1970.')
         return start, end
 
-    def refuse_handing_on(self, actor: Actor, old, user: str) -> None:
+    def refuse_handing_on(self, old, user: str) -> None:
         """Only its owner gives a reservation to somebody else, who has a token of the project."""
-        if actor.user != old.user:
+        if self.service.actor.user != old.user:
             raise Forbidden(f"Only an admin can give a reservation of '{old.user}' to somebody "
                             'else.')
-        if not row('SELECT id FROM token WHERE user = ? AND project = ? LIMIT 1', user,
-                   old.project):
+        if not row(f'SELECT id FROM token t WHERE user = ? AND project = ? AND {IN_FORCE} LIMIT 1',
+                   user, old.project, self.service.clock()):
             raise Forbidden(f"'{user}' has no token in project '{old.project}'. Ask an admin.")
 
     def refuse_untellable(self, name: str, targets: Iterable[str], most: int, web: bool) -> None:
@@ -11954,9 +11957,7 @@ class Wishes:
         classes = tuple(sorted((figure, most) for figure, most in holds.items()
                                if figure not in FIGURES))
         whole = Amount(asked['vms'], holds['vcpus'], holds['ram'], classes)
-        need = each * asked['vms']
-        missing = tuple((each, 0) for each in need.names if each not in holds)
-        if not need.within(whole._replace(classes=classes + missing)):
+        if not (each * asked['vms']).within(no_more(whole)):
             raise Invalid(f"vms: {asked['vms']} VMs of {asked['flavor']} are more than the "
                           f"host '{name}' holds: "
                           f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
@@ -11971,34 +11972,37 @@ class Wishes:
     def carried_on(self, old) -> Wish:
         """What was wished of a series, as the store has it; nobody is there to be refused."""
         clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
-        kept = {name: self.unaltered(old)[name] for name in STORED} | {'lead': old.lead}
+        values = self.unaltered(old)
+        kept = {name: values[name] for name in STORED} | {'lead': old.lead}
         return Wish(resource=None, start=old.start, end=old.end, vms=old.vms,
                     stretches=self.look.stretches(old.reservation) if old.repeats else [],
                     each=amount_of(old) // old.vms, warnings=[],
                     whole=amount_of(old) if old.host else None, **kept | {'on_conflict': clash})
 
     def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
-                  changes: Iterable[str]) -> Wish:
+                  changes: set) -> Wish:
         """A wish with the series that it asks for, which begins with the first slot of its rule."""
         zone = read_zone(asked.get('tz') or wish.tz or self.service.config.timezone)
         wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash,
                                                        self.service.here))
-        begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
-        first, ends = typed_wall(begins, zone), asked.get('end', instant(wish.end))
-        length, exact = typed_length(ends, instant(wish.start), first, zone)
-        if stretches and 'end' not in changes:
-            length, exact = self.stretch_of(old, stretches)[1:]
-        if stretches and 'start' not in changes:
-            first = self.planned(old, stretches)[1]
-        skips = self.read_skips(asked, zone, wish.start)
-        refuse_without_repeat(asked)
+        if not asked['repeat']:
+            field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
+            raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
+                          hint='--repeat')
         rule = local_rule(self.ended_rule(asked, zone), zone)
+        before = self.stretch_of(old, stretches) if stretches else None
+        first = begins = self.typed_start(wish, asked, zone)
+        if before and 'start' not in changes:
+            first = planned_wall(before, old)
+        ends = asked.get('end', instant(wish.end))
+        length, exact = typed_length(ends, instant(wish.start), begins, zone)
+        if before and 'end' not in changes:
+            length, exact = before.length, before.exact
         stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
                           exact=exact)
-        wish.warnings.extend(unmet_skips([stretch], skips))
+        days_off = self.days_off(asked, [stretch], zone, wish.start, wish.warnings)
+        stretch = stretch._replace(skips=days_off)
         wish.warnings.extend(lost_end(stretches, rule))
-        days = self.holidays(asked.get('holidays'), zone, wish.start, wish.warnings)
-        stretch = stretch._replace(skips=(*skips, *days))
         slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
         if not slot:
             begin = self.service.config.told_time(from_wall(first, zone).timestamp(), zone.key)
@@ -12008,13 +12012,13 @@ class Wishes:
                              stretches=stretches)
 
     def moved_stretches(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
-                        changes: Iterable[str]) -> list[Stretch]:
+                        changes: set) -> list[Stretch]:
         """A series whose occurrences from one on are where a certain one is wished to be."""
-        if not OWN & set(changes):
+        if not OWN & changes:
             return stretches
-        zone, planned = self.planned(old, stretches)
-        begins = asked['start'] if isinstance(asked['start'], datetime) else instant(wish.start)
-        start = typed_wall(begins, zone)
+        stretch = self.stretch_of(old, stretches)
+        zone, planned = read_zone(stretch.zone), planned_wall(stretch, old)
+        start = self.typed_start(wish, asked, zone)
         # where a gap has put it, by what was planned
         first = start if 'start' in changes or old.altered else planned
         ends = asked['end'] if 'end' in changes else instant(wish.end)
@@ -12025,28 +12029,24 @@ class Wishes:
         shift = int((start - planned).total_seconds()) if 'start' in changes else 0
         return cut_stretches(stretches, key, shift=shift, **new)
 
-    def planned(self, old, stretches: list[Stretch]) -> tuple[ZoneInfo, datetime]:
-        """The zone of a series, and for when by its clocks an occurrence was planned."""
-        stretch, _, _ = self.stretch_of(old, stretches)
-        slot = datetime.fromisoformat(old.slot or stretch.start)
-        return read_zone(stretch.zone), slot + timedelta(seconds=stretch.shift)
+    def typed_start(self, wish: Wish, asked: dict, zone: ZoneInfo) -> datetime:
+        """When a wish begins by the clocks of a zone, as it was typed."""
+        start = asked['start']
+        return typed_wall(start if isinstance(start, datetime) else instant(wish.start), zone)
 
-    def stretch_of(self, old, stretches: list[Stretch]) -> tuple[Stretch, int, int]:
-        """The stretch that an occurrence belongs to, and its length by the clocks and exactly."""
-        stretch = next(each for each in reversed(stretches) if each.since <= old.slot)
-        return stretch, stretch.length, stretch.exact
+    def stretch_of(self, old, stretches: list[Stretch]) -> Stretch:
+        """The stretch that an occurrence belongs to."""
+        return next(each for each in reversed(stretches) if each.since <= old.slot)
 
-    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: Iterable[str],
+    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: set,
                         warnings: list) -> list[Stretch]:
         """A series with further days left out, or with another end."""
-        if not REPEATING & set(changes):
+        if not REPEATING & changes:
             return stretches
         zone = read_zone(stretches[-1].zone)
         now = int(self.service.clock())
-        skips = self.read_skips(asked, zone, now)
-        warnings += unmet_skips(stretches, skips)
-        skips += self.holidays(asked.get('holidays'), zone, now, warnings)
-        ends = {'until', 'count'} & set(changes)
+        skips = self.days_off(asked, stretches, zone, now, warnings)
+        ends = {'until', 'count'} & changes
 
         def ended(stretch: Stretch) -> Stretch:
             rule = stretch.rule
@@ -12078,8 +12078,9 @@ class Wishes:
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
-    def read_skips(self, asked: dict, zone: ZoneInfo, start: int) -> tuple[str, ...]:
-        """Days, or wall times, without an occurrence."""
+    def days_off(self, asked: dict, stretches: list[Stretch], zone: ZoneInfo, start: int,
+                 warnings: list) -> tuple[str, ...]:
+        """Days, or wall times, without an occurrence: those that are named, and holidays."""
         skips = []
         for text in asked.get('skip_dates') or ():
             found = read_argument('skip_dates', text, Day, Here(zone, instant(start)))
@@ -12087,21 +12088,19 @@ class Wishes:
                 raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24 or 24 dec.")
             skips.append(found.isoformat() if type(found) is date
                          else typed_wall(found, zone).isoformat())
-        return tuple(skips)
+        warnings += unmet_skips(stretches, skips)
+        source = asked.get('holidays')
+        return *skips, *(self.holidays(source, zone, instant(start), warnings) if source else ())
 
-    def holidays(self, source: str | None, zone: ZoneInfo, start: int,
-                 warnings: list) -> tuple[str, ...]:
+    def holidays(self, source: str, zone: ZoneInfo, start: datetime, warnings: list) -> list[str]:
         """The days of a calendar's all-day events for ten years; outside any transaction."""
-        if not source:
-            return ()
-        begin = instant(start)
         entries = read_calendar(self.fetched(source), 'the calendar of holidays')
-        begin, until = begin - timedelta(days=1), begin + timedelta(days=3653)
-        found, refused = days_of(entries, zone, begin, until)
+        found, refused = days_of(entries, zone, start - timedelta(days=1),
+                                 start + timedelta(days=3653))
         if refused and not found:
             raise BadCalendar(f'the calendar of holidays: {refused[0]}')
         warnings += [f'no holiday: {why}' for why in refused[:10]]
-        return tuple(found)
+        return found
 
     def fetched(self, source: str) -> str:
         """The text of a calendar, or of the one at an address; never of a file of this machine."""
@@ -12130,40 +12129,44 @@ class Wishes:
 class Reasons:
     """Why something has no room, and what is in its way."""
 
-    def __init__(self, service: Service, look: Lookup):
-        self.service, self.look = service, look
+    def __init__(self, service: Service):
+        self.service = service
 
     def to_come(self, wish: Wish) -> tuple[int, int]:
         """The window that a wish holds, as far as it is not past."""
         return max(wish.held[0], int(self.service.clock())), wish.held[1]
 
+    def limits_of(self, wish: Wish) -> tuple[dict, Counter]:
+        """What there is in all of each figure that a wish takes, as far as that has a limit; and
+        how much of it is held at most in its window, of CLOSED as well."""
+        amount, most = wish.amount, capacity(wish.resource)
+        limits = in_figures(most) | {name: most.most(name) for name in amount.names}
+        held = peak(wish.resource.id, *self.to_come(wish), amount.names)
+        return ({name: limits[name] for name in in_figures(amount) if limits[name] is not None},
+                Counter(in_tracks(held)))
+
     def lack(self, wish: Wish) -> Lack | None:
         """What a wish finds too little of in its window; None if its resource has enough."""
-        begin, until = self.to_come(wish)
-        amount, limits = wish.amount, capacity(wish.resource)
-        held = peak(wish.resource.id, begin, until, amount.names)
-        used, most = dict(held.classes) | in_figures(held), in_figures(limits)
-        most |= {name: limits.most(name) for name in amount.names}
-        lacking = {name: need for name, need in in_figures(amount).items()
-                   if most[name] is not None and used.get(name, 0) + need > most[name]}
+        (limits, used), needs = self.limits_of(wish), in_figures(wish.amount)
+        lacking = {name: needs[name] for name in limits if used[name] + needs[name] > limits[name]}
         if CLOSED in used:
-            lacking, most = {CLOSED: 1}, {CLOSED: 0}
+            lacking, limits = {CLOSED: 1}, {CLOSED: 0}
         if not lacking:
             return None
         # First a host, then what there is never enough of.
         figure = min(lacking, key=lambda each: (not each.startswith(HOST),
-                                                lacking[each] <= most[each]))
-        changes = self.changes_of(wish.resource.id, begin, until, figure)
-        return Lack(figure, lacking[figure], most[figure], used.get(figure, 0),
-                    [each for each, _ in changes], changed_most(changes, begin))
+                                                lacking[each] <= limits[each]))
+        changes = self.changes_of(wish, figure)
+        return Lack(figure, lacking[figure], limits[figure], used[figure],
+                    [each for each, _ in changes], changed_most(changes, self.to_come(wish)[0]))
 
-    def changes_of(self, resource: int, begin: int, until: int, figure: str) -> list[tuple]:
-        """The changes of capacity in a window, each with how much of a figure it takes away."""
+    def changes_of(self, wish: Wish, figure: str) -> list[tuple]:
+        """The changes of capacity in its window, each with how much of a figure it takes away."""
+        begin, until = self.to_come(wish)
         found = rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL '
-                     'AND start < ? AND "end" > ? ORDER BY start', resource, until, begin)
-        held = ((each, amount_of(each, 'held_')) for each in found)
-        takes = ((each, dict(amount.classes) | in_figures(amount)) for each, amount in held)
-        return [(each, figures[figure]) for each, figures in takes if figures.get(figure)]
+                     'AND start < ? AND "end" > ? ORDER BY start', wish.resource.id, until, begin)
+        takes = ((each, in_tracks(amount_of(each, 'held_')).get(figure)) for each in found)
+        return [(each, less) for each, less in takes if less]
 
     def why_not(self, wish: Wish, lack: Lack | None) -> str:
         """The sentence that says which figure is lacking, when, and how much of it there is."""
@@ -12259,7 +12262,7 @@ class Reasons:
     def seen_in_the_way(self, found) -> dict:
         """What the actor may see of what holds something; stopped VMs that stay have no end."""
         whose = {'label': found.label, 'user': found.user, 'project': found.project}
-        mine = self.service.actor.role == ADMIN or found.project == self.service.actor.project
+        mine = self.service.actor.confined_to in (None, found.project)
         end = None if found.until >= LAST.timestamp() else instant(found.until)
         when = {'vms': found.vms, 'start': instant(found.start), 'end': end}
         return whose | when if mine else when
@@ -12273,13 +12276,9 @@ class Reasons:
             if many > (old.vms if old else 0):
                 yield many, with_vms(wish, many)
             return
-        most = capacity(wish.resource)
-        used = peak(wish.resource.id, begin, until, wish.amount.names)
-        figures = [*zip(FIGURES, most, used),
-                   *((name, most.most(name), held) for name, held in used.classes)]
-        left = {name: limit - held for name, limit, held in figures if limit is not None}
-        many = min((left[name] // need for name, need in in_figures(wish.each).items() if need
-                    and name in left), default=0)
+        limits, used = self.limits_of(wish)
+        many = min(((limits[name] - used[name]) // need for name, need in
+                    in_figures(wish.each).items() if need and name in limits), default=0)
         # Who asks for more than there ever is must ask for something else, however much is free.
         offered = lack and not wish.whole and not (lack.alone and lack.used > lack.less)
         if offered and (old.vms if old else 0) < many < wish.vms:
@@ -12301,9 +12300,8 @@ class Others:
         self.reservation, self.now = reservation, int(now)
         # by slot: with the start, from which on hours count
         self.holds: dict[str, list[tuple[Hold, int]]] = {}
-        # the slots that hold something on a day since 1970
-        self.days: dict[int, set[str]] = defaultdict(set)
-        self.seconds: dict[int | None, int] = defaultdict(int)  # of vcpus; None: of all resources
+        self.vms: dict[int, Profile] = defaultdict(Profile)  # by resource
+        self.vcpu_seconds: dict[int | None, int] = defaultdict(int)  # None: of all together
 
     def put(self, slot: str, holds: Iterable[Hold], start: int) -> None:
         """What an occurrence holds from now on."""
@@ -12313,24 +12311,36 @@ class Others:
 
     def count(self, slot: str, sign: int) -> None:
         for each, start in self.holds.get(slot, ()):
-            seconds = sign * each.amount.vcpus * max(each.until - max(each.begin, start, self.now),
-                                                     0)
+            self.vms[each.resource].add(each.begin, each.until, (sign * each.amount.vms, 0, 0))
+            seconds = max(each.until - max(each.begin, start, self.now), 0)
             for resource in (None, each.resource):
-                self.seconds[resource] += seconds
-            for day in range(each.begin // 86400, each.until // 86400 + 1):
-                (self.days[day].add if sign > 0 else self.days[day].discard)(slot)
+                self.vcpu_seconds[resource] += sign * each.amount.vcpus * seconds
 
     def holding(self, resource: int | None, begin: int, until: int) -> list[tuple[int, int, int]]:
-        """The holds on a resource, or on any, that overlap a window: when, and of how many VMs."""
-        slots = set().union(*(self.days.get(day, ())
-                              for day in range(begin // 86400, until // 86400 + 1)))
-        return [(each.begin, each.until, each.amount.vms) for slot in slots
-                for each, _ in self.holds[slot]
-                if each.begin < until and each.until > begin and resource in (None, each.resource)]
+        """A window in pieces: when, and how many VMs are held then on a resource, or on any."""
+        profiles = [self.vms[resource]] if resource else [*self.vms.values()]
+        return [(first, last, vms) for profile in profiles
+                for first, last, (vms, _, _) in profile.within(begin, until)]
 
 
 LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
               FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
+
+
+def counts_for(limit, wish: Wish) -> tuple[str, str]:
+    """The project and the user that a limit of a wish counts; '' for any."""
+    return wish.project if limit.project or not limit.user else '', limit.user
+
+
+def who_is_limited(limit, wish: Wish) -> str:
+    return f"User '{limit.user}'" if limit.user else f"Project '{wish.project}'"
+
+
+def counted_by(limit, wish: Wish, conditions: tuple[str, ...], without: int = 0) -> list[tuple]:
+    """Those of some conditions by which a limit of a wish counts; `without` a reservation."""
+    project, user = counts_for(limit, wish)
+    values = user, project, limit.resource_id, without
+    return [pair for pair in zip(conditions, values) if pair[1]]
 
 
 LIMIT_FIELDS = RENAMED['limit_add']
@@ -12390,28 +12400,24 @@ class Bounded(NamedTuple):
         return old.start <= wish.start and wish.end <= old.end and (
             old.start <= self.now or old.held_from <= wish.held[0])
 
-    def counted(self, user: str, project: str, reservation: str, resource: str) -> tuple[str, list]:
-        """What counts against it, by columns: a condition and its values."""
-        limit, others = self.limit, self.others
-        wanted = {user: limit.user and self.wish.user,
-                  project: limit.project or not limit.user and self.wish.project,
-                  resource: limit.resource_id}
-        conditions = {f'{column} = ?': value for column, value in wanted.items() if value}
-        conditions |= {f'{reservation} <> ?': others.reservation if others else 0}
-        return ' AND '.join(conditions), [*conditions.values()]
+    def counted(self, conditions: tuple[str, ...]) -> list[tuple]:
+        """What counts against it."""
+        return counted_by(self.limit, self.wish, conditions,
+                          self.others.reservation if self.others else 0)
 
     def vms(self, most: int) -> tuple[bool, str]:
         (begin, until), old = self.wish.held, self.old
-        where, values = self.counted(*OF_OCCURRENCE)
-        found = run('SELECT held_from, held_until, vms FROM occurrence o '
-                    f'WHERE {where} AND o.due IS NOT NULL AND o.start < ? + {LONGEST_LEAD} '
-                    'AND held_until > held_from AND o.id <> ? AND held_from < ? AND held_until > ?',
-                    *values, until, old.id if old else 0, until, begin).fetchall()
-        where, values = self.counted(*OF_EXTRA)
-        found += run(f'SELECT x.held_from, x.held_until, x.vms {FROM_EXTRA.format(where)} '
+        where = self.counted(OF_OCCURRENCE)
+        found = run('SELECT held_from, held_until, vms FROM occurrence o WHERE o.due IS NOT NULL '
+                    f'AND o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? '
+                    f'AND held_from < ? AND held_until > ?{all_of(where)}',
+                    until, old.id if old else 0, until, begin, *given(where)).fetchall()
+        where = self.counted(OF_EXTRA)
+        extra = FROM_EXTRA.format(all_of(where))
+        found += run(f'SELECT x.held_from, x.held_until, x.vms {extra} '
                      'AND held_from < ? AND held_until > ? '
-                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *values, until, begin,
-                     self.own).fetchall()
+                     'AND (proposal_id IS NOT NULL OR reservation_id <> ?)', *given(where),
+                     until, begin, self.own).fetchall()
         if self.others:
             found += self.others.holding(self.limit.resource_id, begin, until)
         changes = [change for first, last, vms in found
@@ -12424,15 +12430,18 @@ class Bounded(NamedTuple):
 
     def vcpu_hours(self, most: int) -> tuple[bool, str]:
         wish, old = self.wish, self.old
-        where, values = self.counted(*OF_OCCURRENCE)
-        seconds = self.others.seconds[self.limit.resource_id] if self.others else 0
+        where = self.counted(OF_OCCURRENCE)
+        seconds = self.others.vcpu_seconds[self.limit.resource_id] if self.others else 0
         seconds += run(
             'SELECT coalesce(sum(vcpus * ("end" - max(start, ?))), 0) FROM occurrence o WHERE '
-            f'{where} AND o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?',
-            self.now, *values, old.id if old else 0, self.now).fetchone()[0]
-        where, values = self.counted(*OF_EXTRA)
-        extra = run(f'SELECT vcpus * (held_until - max(held_from, ?)) {FROM_EXTRA.format(where)} '
-                    'AND proposal_id IS NOT NULL AND held_until > ?', self.now, *values, self.now)
+            'o.due IS NOT NULL AND held_until > held_from AND o.id <> ? AND "end" > ?'
+            f'{all_of(where)}', self.now, old.id if old else 0, self.now, *given(where)
+            ).fetchone()[0]
+        where = self.counted(OF_EXTRA)
+        extra = run('SELECT vcpus * (held_until - max(held_from, ?)) '
+                    f'{FROM_EXTRA.format(all_of(where))} '
+                    'AND proposal_id IS NOT NULL AND held_until > ?',
+                    self.now, *given(where), self.now)
         used = (seconds + sum(each for each, in extra)) / 3600
         need = wish.amount.vcpus * (wish.end - max(wish.start, self.now)) / 3600
         less = self.within and wish.amount.vcpus <= old.vcpus
@@ -12468,14 +12477,9 @@ LimitAnswer = answer_kind(
     **FIGURE_FIELDS)
 
 
-def figures_of(limit) -> dict:
-    """What a limit says, by the names of figures."""
-    return json.loads(limit.figures)
-
-
 def shown_limit(found) -> dict:
     """A limit as answers show it, under the old names as well: lengths in words."""
-    said = figures_of(found)
+    said = json.loads(found.figures)
     shown = {name: format_duration(said[name]) if each.kind is Span and name in said
              else said.get(name) for name, each in LIMIT_FIGURES.items()}
     shown |= {'exempt_within': format_duration(found.exempt), 'lock': format_duration(found.lock)}
@@ -12498,14 +12502,13 @@ class Limits:
 
     def ahead(self, wish: Wish) -> list[int]:
         """How far ahead the limits of a wish let it begin, each that says so."""
-        said = (figures_of(limit).get('max_advance') for limit in self.limits_for(wish))
-        return [each for each in said if each is not None]
+        said = [json.loads(limit.figures) for limit in self.limits_for(wish)]
+        return [each['max_advance'] for each in said if 'max_advance' in each]
 
     def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
         """The locks of whom the limits of a wish count."""
         for limit in self.limits_for(wish):
-            project = limit.project or not limit.user and wish.project or ''
-            yield On.COUNTED, f'{project}/{limit.user and wish.user}'
+            yield On.COUNTED, '/'.join(counts_for(limit, wish))
 
     def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
                       own: int = 0, handed: bool = False) -> None:
@@ -12514,39 +12517,44 @@ class Limits:
         if not standing().limits:
             return
         decide_on(also=self.counted_for(wish))
-        config = self.service.config
+        begun = old and old.start <= now
         for limit in self.limits_for(wish):
-            if handed and not limit.user:  # it counts for whom it has counted
+            has_counted = handed and not limit.user  # and goes on to count for the same
+            if not has_counted and (begun or not self.is_exempt(limit, wish, now)):
+                self.refuse(Bounded(limit, wish, int(now), old, others, own, self.service.config,
+                                    handed))
+
+    def is_exempt(self, limit, wish: Wish, now: float) -> bool:
+        """Whether a wish begins, and is over, so soon that a limit doesn't bind it."""
+        near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt
+        return bool(near) and wish.end - wish.start <= self.service.config.exempt_longest
+
+    def refuse(self, bounded: Bounded) -> None:
+        """Refuses what is not within the first of the figures of a limit that it is not within."""
+        limit, said = bounded.limit, json.loads(bounded.limit.figures)
+        for name, figure in LIMIT_FIGURES.items():
+            value = said.get(name)
+            if value is None or not figure.allows:
                 continue
-            near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt and (
-                wish.end - wish.start <= config.exempt_longest)
-            if not near or old and old.start <= now:
-                bounded = Bounded(limit, wish, int(now), old, others, own, config, handed)
-                said = figures_of(limit)
-                for name, figure in LIMIT_FIGURES.items():
-                    value = said.get(name) if figure.allows else None
-                    fits_it, passes = (True, '') if value is None else figure.allows(bounded, value)
-                    if not fits_it:
-                        whose = (f"User '{limit.user}'" if limit.user else
-                                 f"Project '{limit.project or wish.project}'")
-                        raise Conflict(f'{whose} {passes}', cause='limit',
-                                       limit=OLD_FIGURES.get(name, name), value=value,
-                                       passes=passes)
+            is_within, passes = figure.allows(bounded, value)
+            if not is_within:
+                raise Conflict(f'{who_is_limited(limit, bounded.wish)} {passes}', cause='limit',
+                               limit=OLD_FIGURES.get(name, name), value=value, passes=passes)
 
     def refuse_many_waiting(self, wish: Wish) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
         decide_on(also=self.counted_for(wish))
         for limit in self.limits_for(wish):
-            most = figures_of(limit).get('max_waiting')
+            most = json.loads(limit.figures).get('max_waiting')
             if most is None:
                 continue
-            who, name = ('user', wish.user) if limit.user else ('project', wish.project)
+            where = counted_by(limit, wish, OF_WAITING)
             waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, "
-                         'CAST(id AS TEXT))) '
-                         f'FROM reservation WHERE waiting IS NOT NULL AND {who} = ? AND over > ?',
-                         name, int(self.service.clock())).fetchone()
+                         'CAST(id AS TEXT))) FROM reservation r WHERE waiting IS NOT NULL '
+                         f'AND over > ?{all_of(where)}',
+                         int(self.service.clock()), *given(where)).fetchone()
             if waits >= most:
-                raise Conflict(f"{who.capitalize()} '{name}' can have {counted(most, 'request')} "
+                raise Conflict(f"{who_is_limited(limit, wish)} can have {counted(most, 'request')} "
                                f'on the waiting list and already has {waits}. Cancel one '
                                'first.', limit='waiting', value=most, passes=0)
 
@@ -12621,7 +12629,8 @@ class View(NamedTuple):
     """What rules look at beside a change."""
     now: float
     own: int  # its reservation; 0: a new one
-    others: Others | None  # the other occurrences that change with it
+    changing: set[int]  # the ids of the occurrences that change with it
+    others: Others | None  # what those have that don't, and what these are to have
     line: tuple  # its place among those that wait, if it waits
     returns: bool = False  # it is to have again what it had a moment ago, and what is held for it
     seats: dict = {}  # of a series that starts stopped VMs again, the hosts on which they are
@@ -12740,8 +12749,10 @@ class Policy:
         other = row('SELECT r.label, r.user, r.project, o.vms, o.start, o."end" AS until '
                     'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                     "WHERE r.server = ? AND r.server <> '' AND o.due IS NOT NULL "
-                    'AND o.held_from < ? AND o.held_until > ? AND r.id <> ?',
-                    wish.server, wish.held[1], wish.held[0], view.own)
+                    'AND o.held_from < ? AND o.held_until > ? AND o.held_until > o.held_from '
+                    'AND o.id NOT IN numbers(?) AND (r.id <> ? OR o.start < ? AND o."end" > ?)',
+                    wish.server, wish.held[1], wish.held[0], json.dumps([*view.changing]),
+                    view.own, wish.end, wish.start)  # the next one may come ahead by its lead
         if other:
             # The sentence goes to the event log as well, which the project of the wish reads.
             whose = f" by '{other.label}'" if other.project == wish.project else ''
@@ -12995,7 +13006,7 @@ class Bookings:
                     if not each.host]
             span = max((resource_of(each.resource, removed=True).approval for each in more),
                        default=0)
-            if not more or not span and not self.proposes_all:
+            if not span and (not self.proposes_all or old.pending is not None):
                 return made
             if old.pending is not None:
                 change(Reservation, old.reservation, pending=int(now) + span, confirm=0)
@@ -13070,7 +13081,8 @@ class Bookings:
         changing = {each.before.id for each in deal.changes if each.before}
         others = self.others_of(own, changing, now) if several and standing().limits else None
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
-        view = View(now, own, others, line, deal.code == UNDO, self.last_hosts(own, wish))
+        view = View(now, own, changing, others, line, deal.code == UNDO,
+                    self.last_hosts(own, wish))
         for each in deal.changes:
             give(each.gives)
             if others and each.after:
@@ -13476,15 +13488,10 @@ class Series:
     def __init__(self, service: Service, look: Lookup, wishes: Wishes, bookings: Bookings):
         self.service, self.look, self.wishes, self.bookings = service, look, wishes, bookings
 
-    def spelled(self, deal: Deal, there: list, now: float, gentle: bool = False,
-                again: bool = True) -> Deal:
+    def spelled(self, deal: Deal, there: list, now: float) -> Deal:
         """A deal with all changes that make of a series what its stretches want.
 
         What has begun keeps its start; what was changed, left out or skipped alone stays as it is.
-
-        Args:
-          gentle: what runs goes on, also if it isn't wanted any more
-          again: what had no room, or was not wanted for a while, is tried again
         """
         wish = deal.wish
         there = [each._replace(**deal.patches.get(each.id, {})) for each in there]
@@ -13494,7 +13501,7 @@ class Series:
             slot = wanted.pop(old.slot, None)
             if old.end <= now:
                 continue
-            slot = self.settled(old, slot, wish, now, gentle, again)
+            slot = self.settled(deal, old, slot, now)
             if slot is None and old.cancelled is None:
                 gone.append(given_up(old, now))
             elif slot and self.differs(old, slot, wish):
@@ -13571,18 +13578,18 @@ class Series:
         return max(int(now) + self.service.config.horizon * 86400,
                    min(filter(None, following), default=0))
 
-    def settled(self, old, slot: Slot | None, wish: Wish, now: float, gentle: bool,
-                again: bool) -> Slot | None:
+    def settled(self, deal: Deal, old, slot: Slot | None, now: float) -> Slot | None:
         """What an occurrence is to become, of what its series wants; None: cancelled."""
-        here = Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
-        if old.cancelled is not None:
-            same = slot and not again and (slot.start, slot.end) == (old.start, old.end)
-            return None if old.altered or same else slot
+        wish, here = deal.wish, Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
+        if old.cancelled is not None:  # what had no room is tried again by who changes the series
+            same = slot and (slot.start, slot.end) == (old.start, old.end)
+            return None if old.altered or same and deal.code == 'carried on' else slot
         if slot and old.altered:
             return here
         if now >= (old.held_from if wish.image or wish.server else old.start):
             begun = slot and slot._replace(start=old.start, resource=old.resource_id, vms=old.vms)
-            return begun or (here if gentle else None)
+            # a calendar or the horizon ends nothing that runs
+            return begun or (here if deal.code in ('carried on', 'calendar') else None)
         return slot
 
     def differs(self, old, slot: Slot, wish: Wish) -> bool:
@@ -13596,8 +13603,7 @@ class Series:
         """Carries a series on as far as the horizon is now, by the zone table as it is now."""
         deal = Deal('carried on', self.wishes.carried_on(head), [], head)
         there = self.there(head.reservation)
-        return self.bookings.commit(self.spelled(deal, there, now, gentle=True, again=False),
-                                    now).done
+        return self.bookings.commit(self.spelled(deal, there, now), now).done
 
     def refresh(self, reservation: int, now: float) -> None:
         """Carries a series on, and tells what has no room; inside a transaction."""
@@ -13723,7 +13729,6 @@ class Admission:
         reservation, done = self.bookings.commit(
             self.series.spelled(deal, [], now) if wish.stretches
             else deal._replace(changes=[change_to(None, wish, now)]), now)
-        done = done if wish.stretches else []
         what = (self.told_series(wish, done) if wish.stretches
                 else f"{counted(wish.vms, 'VM')} on {place.name}")
         self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
@@ -13793,7 +13798,7 @@ class Admission:
             'series': stored_stretches(wish.stretches)})
         if not SHAPE & set(deal.asked):
             return deal
-        return self.series.spelled(deal, there, now, gentle=deal.code == 'calendar')
+        return self.series.spelled(deal, there, now)
 
     def edit_back(self, deal: Deal, now: float) -> Deal:
         """The deal that lets a series have an occurrence again that it was left without."""
@@ -13975,12 +13980,6 @@ class Admission:
 # held for a while. Room that becomes free is given in the transaction of the next pass.
 
 
-def kind_of_waiting(part: list[tuple]) -> tuple:
-    """What tells a part that waits from another, as `kind_of` does."""
-    return tuple((place.id, each.held_from, each.end, amount, each.server)
-                 for each, place, amount in part)
-
-
 class Waiting:
     """Requests that wait for room, and reservations that wait for a word."""
 
@@ -14013,7 +14012,8 @@ class Waiting:
             refusal.wish = self.admission.summed(request, lacking)
             raise
         self.refuse_beyond_together([part[0] for part in parts], now)
-        self.limits.refuse_many_waiting(request.last)
+        for wish in {wish.resource.id: wish for part in request.parts for wish in part}.values():
+            self.limits.refuse_many_waiting(wish)
         return self.admission.answer_all(request,
                                          [self.wait_for(part, request, now) for part in parts])
 
@@ -14048,13 +14048,14 @@ class Waiting:
                              made.reservation, wish.notify)
         return wish, made.reservation, []
 
-    def choices(self, found) -> Iterator[tuple]:
-        """The resources on one of which what waits can be, in order, and what it takes there."""
-        wanted = [(resource, of_columns(columns) if whole else of_columns(columns) * found.vms)
+    def choices(self, found) -> list[Wish]:
+        """The wishes of which the first that has room is what waits: one for each resource."""
+        wish = self.wishes.carried_on(found)
+        wanted = [(resource, {'whole' if whole else 'each': of_columns(columns)})
                   for resource, whole, columns in json.loads(found.choices or '[]')]
-        for resource, amount in wanted or [(found.resource_id, amount_of(found))]:
-            if place := resource_of(resource):
-                yield place, amount
+        return [wish._replace(resource=place, **takes)
+                for resource, takes in wanted or [(found.resource_id, {})]
+                if (place := resource_of(resource))]
 
     def admit_waiting(self, now: float) -> bool:
         """Gives room to those that wait, and frees what waited for a word in vain; whether those
@@ -14080,9 +14081,10 @@ class Waiting:
         the next that was called already. So the line is read anew then.
         """
         for request in self.waiting_requests(now):
-            parts = [[(each, *choice) for choice in self.choices(each)] for each in request]
+            parts = [[(each, wish) for wish in self.choices(each)] for each in request]
             try:
-                choose(parts, lambda choice, _: self.let_in(*choice, now), kind_of_waiting)
+                choose(parts, lambda choice, _: self.let_in(*choice, now),
+                       lambda part: kind_of([wish for _, wish in part]))
             # without room, or beyond a limit within which it was when it was asked for
             except Conflict as error:
                 self.try_later(request, not isinstance(error, NoCapacity), now)
@@ -14127,7 +14129,7 @@ class Waiting:
         """Notes when those without room are tried again, if nothing is given back before: of a
         window that has begun, what is held by others goes by with the next change of level."""
         for each in request:
-            names = {name for _, amount in self.choices(each) for name in amount.names}
+            names = {name for wish in self.choices(each) for name in wish.amount.names}
             for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?',
                              each.reservation):
                 later = now + 60 if limited else each.held_from
@@ -14143,10 +14145,9 @@ class Waiting:
         found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
-    def let_in(self, found, place, amount: Amount, now: float) -> None:
-        """Gives room on a resource to what waits, or raises a Conflict."""
-        wish = self.wishes.carried_on(found)._replace(resource=place, each=amount // found.vms,
-                                                      whole=amount if found.host else None)
+    def let_in(self, found, wish: Wish, now: float) -> None:
+        """Gives room to what waits, as it is wished on one resource, or raises a Conflict."""
+        place = wish.resource
         held = place.approval or found.confirm
         pending = int(now) + held if held else None
         self.bookings.commit(Deal('admitted', wish, [change_to(found, wish, now)], found, {
@@ -14171,8 +14172,7 @@ class Offers:
     """Explains refusals."""
 
     def __init__(self, service: Service, wishes: Wishes, reasons: Reasons, bookings: Bookings):
-        self.service, self.look, self.wishes = service, reasons.look, wishes
-        self.reasons, self.bookings = reasons, bookings
+        self.service, self.wishes, self.reasons, self.bookings = service, wishes, reasons, bookings
 
     @contextmanager
     def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
@@ -14216,13 +14216,14 @@ class Offers:
         if wish.stretches:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
             offers = [(fitting, with_vms(wish, fitting))] if fitting else []
-            return str(refusal), {}, {'most_vms': offers}
+            return str(refusal) or A_MOMENT_AGO, {}, {'most_vms': offers}
         with self.bookings.as_if_without(old):  # it is not in its own way
-            lack, why = self.reasons.lack(wish), str(refusal)
+            lack = self.reasons.lack(wish)
+            why = str(refusal) or self.reasons.why_not(wish, lack)
             if not offering:
-                return why or self.reasons.why_not(wish, lack), {}, {}
-            more = {} if why else self.reasons.in_the_way(wish, lack, old.reservation if old else 0)
-            why = why or self.reasons.why_not(wish, lack)
+                return why, {}, {}
+            more = {} if str(refusal) else self.reasons.in_the_way(
+                wish, lack, old.reservation if old else 0)
             later = self.later(wish, getattr(refusal, 'others', ()))
             return why, more, {
                 'next_start': [*itertools.islice(later, MOST_OFFERS)],
@@ -14234,21 +14235,13 @@ class Offers:
         found = {}
         for name, candidates in offers.items():
             for offer, wish in candidates:
-                if self.would_do(deed, wish, OFFERS[name]):
+                replans.searches = 0
+                with suppress(Error), undone():
+                    deed(wish, OFFERS[name])
                     found[name] = offer
                     found |= {'latest_end': instant(wish.end)} if name == 'longest' else {}
                     break
         return found
-
-    def would_do(self, deed: Callable[[Wish, str], Any], wish: Wish, field: str) -> bool:
-        """Whether something can be done; it is undone."""
-        try:
-            replans.searches = 0
-            with undone():
-                deed(wish, field)
-                return True
-        except Error:
-            return False
 
     def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
         """The same later: where there is room, and when something ends that was in the way."""
@@ -14297,7 +14290,7 @@ class Operations(Service):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.look = Lookup(self)
-        self.wishes, self.reasons = Wishes(self, self.look), Reasons(self, self.look)
+        self.wishes, self.reasons = Wishes(self, self.look), Reasons(self)
         self.limits = Limits(self)
         self.policy = Policy(self, self.look, self.limits, self.reasons)
         self.bookings = Bookings(self, self.policy, self.reasons)
@@ -14408,7 +14401,8 @@ class Approvals(Operations):
                  or [self.look.mine(label, project)])
         pending = [each for each in found if each.pending is not None and each.state == 'pending']
         proposals = [(proposal, each) for each in found for proposal in rows(
-            f'{PROPOSED} AND reservation_id = ? ORDER BY id', each.reservation)]
+            f'{PROPOSED} AND reservation_id = ? AND until > ? ORDER BY id', each.reservation,
+            int(self.clock()))]
         if not pending and not proposals:
             raise Conflict(f"'{label}' is {found[0].state}. There is nothing to approve or accept.")
         return found, pending, proposals

@@ -6644,11 +6644,12 @@ def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
         book(service, 'more', resource='india', vms=3, flavor='m1.small')
 
 
-def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service):
+@pytest.mark.parametrize('repeat', ['', 'FREQ=DAILY'])
+def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service, repeat):
     asked = {name: each.default for name, each in API['add'].parameters.items()}
     wish = service.wishes.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
-                                      'end': NOON + hours(2)})
-    with pytest.raises(NoCapacity), cmres.transaction(), service.offers.explaining(wish):
+                                      'end': NOON + hours(2), 'repeat': repeat})
+    with pytest.raises(NoCapacity, match='at the same moment'), cmres.transaction(), service.offers.explaining(wish):
         raise NoCapacity('')  # as admit did, a moment before somebody else cancelled
 
 
@@ -9331,6 +9332,23 @@ def test_occurrences_of_a_series_do_not_share_a_machine_that_exists(world, servi
     refused(lambda: series(service, 'daily', server=uid, end=40, count=2, dry_run=True), Conflict)
 
 
+def test_a_changed_occurrence_does_not_share_a_machine_that_exists_with_another(world, service):
+    world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    begins = series(service, 'daily', server='mine', count=3)['start']
+    done = service.update('class', start=begins + hours(24))['occurrences']  # each where the next one was
+    first, second, _ = [each for each in done if each['outcome'] != 'cancelled']
+    into_the_first = {'start': first['start'] + hours(1), 'end': first['start'] + hours(5)}
+    for deed in (lambda: service.extend('class', hours(23)),
+                 lambda: service.update('class', occurrence=second['start'], **into_the_first)):
+        with pytest.raises(Conflict, match="Server '.*' is reserved by 'class' at that time"):
+            deed()
+    service.skip('class', occurrence=second['start'])
+    service.extend('class', hours(23))
+    with pytest.raises(Conflict, match='is reserved'):
+        service.skip('class', occurrence=second['start'], undo=True)
+    assert not service.check()['differences']
+
+
 def test_a_resource_that_a_series_still_needs_can_not_be_deleted(world, service):
     service.resource_add('spare')
     series(service, 'every 3 years')
@@ -10328,6 +10346,17 @@ def test_of_a_series_one_occurrence_waits_and_the_others_do_not(world, approving
     assert world.service.check()['differences'] == 0
 
 
+def test_a_change_of_an_occurrence_that_is_over_is_approved_no_more(world, approving):
+    book(approving, resource='asks', repeat='daily', count=3)
+    world.service.approve('lab')
+    approving.update('lab', occurrence=NOON.date(), vms=4)
+    world.now += 3.5 * 3600  # and the life cycle has not looked yet
+    with pytest.raises(Conflict, match="'lab' is reserved. There is nothing to approve"):
+        world.service.approve('lab')
+    assert [(each['start'], each['vms']) for each in approving.show('lab')['occurrences']] == [
+        (NOON + hours(n), 1) for n in (25, 49)]
+
+
 def test_a_series_that_is_approved_grows_by_approval_alone(world, approving):
     book(approving, resource='asks', repeat='weekly', count=3)
     world.service.approve('lab')
@@ -10369,6 +10398,21 @@ def test_of_a_request_all_parts_wait_with_the_one_that_needs_approval(world):
     for hour in (30, 30.1):
         world.at(hour)
     assert {each['state'] for each in eva.list('exam')} == {'ended'} and world.service.check()['differences'] == 0
+
+
+def test_a_part_that_is_made_shorter_waits_with_one_that_needs_approval(world):
+    world.service.resource_add('app', vms=8, approval=hours(24))
+    eva = world.as_user()
+    eva.add('exam', '-', NOON + hours(1), NOON + hours(3), part=['demo:1', 'app:1'])
+    world.service.approve('exam')
+    eva.update('exam-1', end=NOON + hours(6))
+    parts = eva.update('exam', end=NOON + hours(4))['parts']
+    assert [each['end'] for each in parts] == [NOON + hours(6), NOON + hours(3)]
+    assert [each['change']['end'] for each in parts] == [NOON + hours(4)] * 2
+    world.service.approve('exam')
+    assert [each['end'] for each in eva.list('exam')] == [NOON + hours(4)] * 2
+    eva.update('exam-1', end=NOON + hours(2))
+    assert eva.list('exam-1')[0]['end'] == NOON + hours(2) and world.service.check()['differences'] == 0
 
 
 def test_an_event_of_a_calendar_that_grows_waits_for_approval(world, approving):
@@ -10905,6 +10949,25 @@ def test_what_waits_no_more_does_not_count_as_waiting(world, over):
     else:
         world.at(3)
     book(world.as_user(), 'more', start=4, end=5, wait=True)
+
+
+def test_a_limit_of_waiting_requests_counts_those_that_it_is_for_alone(world):
+    for name in ('a', 'b'):
+        world.service.resource_add(name, vms=4)
+        book(world.as_user('ann', 'physics'), f'full-{name}', vms=4, resource=name)
+    world.service.limit_add(user='eva', project='biology', max_waiting=1)
+    world.service.limit_add(user='ben', resource='b', max_waiting=1)
+    book(world.as_user('eva', 'chemistry'), 'elsewhere', resource='a', wait=True)
+    book(world.as_user('eva', 'biology'), 'one', resource='a', wait=True)
+    with pytest.raises(Conflict, match="User 'eva' can have 1 request on the waiting list and already has 1"):
+        book(world.as_user('eva', 'biology'), 'two', resource='b', wait=True)
+    ben = world.as_user('ben')
+    book(ben, 'on-a', resource='a', wait=True)
+    book(ben, 'on-b', resource='b', wait=True)
+    book(ben, 'again', resource='a', wait=True)
+    for asked in {'resource': 'b'}, {'resource': '-', 'part': ['b:1', 'a:1']}:
+        with pytest.raises(Conflict, match="User 'ben' can have 1 request on the waiting list and already has 1"):
+            book(ben, 'more', wait=True, **asked)
 
 
 def test_two_that_wait_do_not_get_beyond_a_limit_together(world):
@@ -12214,6 +12277,17 @@ def test_a_host_that_waits_at_a_place_is_let_in_as_a_whole(world, monkeypatch):
     found, = world.as_user().list('lab')
     assert (found['resource'], found['vcpus'], found['classes']) == ('gpv', 16, {'CUSTOM_GPU': 4, 'host:gpu-1': 1})
     assert world.service.check()['differences'] == 0
+
+
+def test_what_waits_with_a_machine_that_exists_keeps_nobody_from_it(world, service):
+    world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
+    service.resource_add('app', cloud='simulated', vms=1)
+    full(world)
+    assert book(service, 'waits', 2, 3, server='mine', wait=True)['state'] == 'waiting'
+    assert book(service, 'has-it', 1, 4, resource='app', server='mine')['state'] == 'reserved'
+    service.delete('full')
+    world.cycle.settle()
+    assert world.state('waits') == 'waiting'
 
 
 def test_two_that_wait_with_one_server_are_not_let_in_together(world):
@@ -24329,6 +24403,8 @@ def test_an_owner_hands_a_reservation_on(world):
     book(world.as_user('eva'))
     with pytest.raises(Forbidden, match="Only an admin can give a reservation of 'eva'"):
         world.as_user('tom').update('lab', user='tom')
+    world.service.token_add('tom', 'biology', lasts=hours(1))
+    world.service.token_revoke(world.service.token_list()[-1]['id'])
     with pytest.raises(Forbidden, match="'tom' has no token in project 'biology'"):
         world.as_user('eva').update('lab', user='tom')
     world.service.token_add('tom', 'biology')
