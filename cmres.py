@@ -17799,6 +17799,7 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 # it is gone, or it stays as its owner wished and is no longer ours to watch
 FINAL = ('deleted', 'kept')
+UNSETTLED = f'state NOT IN {FINAL}'
 CALM = 60  # seconds that another number of servers must be up before it is told
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
@@ -18650,313 +18651,289 @@ class Planner:
                  workers: Workers):
         self.config, self.clouds, self.service = config, clouds, service
         self.leader, self.workers = leader, workers
-        self.goes_on = False  # whether there may be more to plan
 
-    def plan(self, now: float) -> None:
-        """Writes down the servers that occurrences want now, and gives up those they don't."""
+    def plan(self, now: float) -> bool:
+        """Writes down the servers that occurrences want now, and gives up those they don't; whether
+        there may be more to plan."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
                's.cloud, s.user_started, r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, '
                's.no_show, s.mode FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
         there = ('AND s.cloud IN names(?) ORDER BY +o.start DESC LIMIT ?',  # + for the index of due
                  json.dumps([*self.leader.served]))
-        if those_due('occurrence', 'SELECT o.id FROM occurrence o CROSS JOIN resource s '
-                     'ON s.id = o.resource_id', now, *there, 1):
-            with self.leader.acting():
-                is_aside, _ = not_real_yet()
-                found = [each for each in those_due('occurrence', due, now, *there, 1000)
-                         if not is_aside(each.reservation_id)][:MOST_PLANNED]
-                for occurrence in found:
-                    self.plan_one(occurrence, now)
-            self.goes_on = len(found) == MOST_PLANNED
+        if not those_due('occurrence', 'SELECT o.id FROM occurrence o CROSS JOIN resource s '
+                         'ON s.id = o.resource_id', now, *there, 1):
+            return False
+        with self.leader.acting():
+            is_aside, _ = not_real_yet()
+            found = [each for each in those_due('occurrence', due, now, *there, 1000)
+                     if not is_aside(each.reservation_id)][:MOST_PLANNED]
+            for occurrence in found:
+                Planning(self, occurrence, now).plan()
+        return len(found) == MOST_PLANNED
 
-    def plan_one(self, occurrence, now: float) -> None:
-        """Plans one occurrence: its servers first, then what is told of it."""
-        over = occurrence.cancelled is not None or now >= occurrence.end
-        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
-                       "WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+
+class Planning:
+    """One occurrence at an instant: what it wants, and what is told of it."""
+
+    def __init__(self, planner: Planner, occurrence, now: float):
+        self.config, self.clouds = planner.config, planner.clouds
+        self.service, self.workers = planner.service, planner.workers
+        self.occurrence, self.id, self.now = occurrence, occurrence.id, now
+        self.told = occurrence.told
+        self.up_told, self.up_check = occurrence.up_told, occurrence.up_check
+        self.over = occurrence.cancelled is not None or now >= occurrence.end
+        self.ended = self.over and occurrence.cancelled is None
+        self.boots = bool(occurrence.image or occurrence.server)
+        # Who asked, or was let in, after the start has the time of a start from then on.
+        self.asked = max(occurrence.start, occurrence.changed)
+
+    def plan(self) -> None:
+        """Plans its servers first, then what is told of it."""
+        servers = self.servers()
+        may_run = self.boots and not self.over and not self.occurrence.idle
         # Machines that are there stay, also where the clock was set back to before their start.
-        runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
-            servers or now >= occurrence.held_from)
-        wanted = occurrence.vms if runs else 0
+        runs = may_run and (servers or self.now >= self.occurrence.held_from)
+        wanted = self.occurrence.vms if runs else 0
         missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
-        if missing and self.still_stopping(occurrence):  # a series starts those again
-            change(Occurrence, occurrence.id, due=now + self.config.poll_changing)
+        stopped = self.stopped_before() if missing else []
+        if any(each.state != 'kept' and each.occurrence_id != self.id for each in stopped):
+            change(Occurrence, self.id, due=self.now + self.config.poll_changing)
             return
-        self.plan_servers(occurrence, missing, now)
-        self.let_go(occurrence, [each for each in servers if each.n > wanted], over, now)
-        if over:
-            occurrence = self.wind_up(occurrence, now)
-        elif self.release_unused(occurrence, now):
+        self.plan_servers(missing, stopped)
+        self.let_go([each for each in servers if each.n > wanted])
+        if self.over:
+            self.force()
+            self.end_foreign()
+            self.tell_left()
+        elif self.release_unused():
             return
         if wanted:
-            occurrence = self.tell_up(occurrence, now)
-        told = self.announce(occurrence, over, now)
-        if not wanted and self.is_near(occurrence, over, now):
-            told |= self.look_ahead(occurrence, now)
-        due = self.next_look(occurrence, over, now)
-        # `next_look` may have told that it failed.
-        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
-            'id = ?', FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+            self.tell_up()
+        self.announce()
+        if may_run and not wanted:
+            self.look_ahead()
+        due = self.next_look()
+        run('UPDATE occurrence SET told = ?, up_told = ?, up_check = ?, due = ? WHERE id = ?',
+            self.told, self.up_told, self.up_check, due, self.id)
 
-    def plan_servers(self, occurrence, missing: list[int], now: float) -> None:
+    def tell(self, code: str, sentence: str) -> None:
+        tell_of(self.config, self.now, code, sentence, self.occurrence)
+
+    def servers(self) -> list:
+        """The servers that it wanted last, as far as they are not gone for good."""
+        return rows("SELECT id, n, name, state, fault, ready, addresses, borrowed, uid FROM server "
+                    f"WHERE occurrence_id = ? AND goal = 'up' AND {UNSETTLED} ORDER BY n", self.id)
+
+    def plan_servers(self, missing: list[int], stopped: list) -> None:
         """Writes down the servers of some numbers: those first that a series has stopped before."""
-        stopped = self.stopped_before(occurrence) if missing else []
-        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
-            self.plan_server(occurrence, n, now, before)
-        if stopped:
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+        place = 'kept', self.occurrence.resource_id, self.account
+        ours = [each for each in stopped if (each.state, each.resource_id, each.account) == place]
+        for n, before in itertools.zip_longest(missing, ours[:len(missing)]):
+            self.plan_server(n, before)
+        if ours:
+            self.service.bookings.count_stopped(self.occurrence.reservation_id, self.now)
 
-    def let_go(self, occurrence, servers: list, over: bool, now: float) -> None:
+    def let_go(self, servers: list) -> None:
         """Gives up servers that are wanted no longer."""
         for server in servers:
-            if server.borrowed and self.handed_on(occurrence, now):
+            if server.borrowed and self.handed_on():
                 change(Server, server.id, goal='up', state='kept', due=None)
             else:
-                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
-        self.tell_in_error(occurrence, servers, over, now)
+                change(Server, server.id, goal=self.goal_after(server), due=self.now)
+        self.tell_in_error(servers)
 
-    def wind_up(self, occurrence, now: float):
-        """What is to be done and told once it is over; the occurrence with what was told."""
-        if now >= occurrence.end + self.config.end_grace:
-            self.force(occurrence, now)
-        told = occurrence.told
-        self.end_foreign(occurrence, now)
-        if not told & LEFT:
-            told |= self.tell_left(occurrence, now)
-        return occurrence._replace(told=told | FOREIGN)
+    @property
+    def account(self) -> str:
+        """The account on which its servers are."""
+        at = self.occurrence
+        return self.clouds.account(at.cloud, at.project, at.of_user)
 
-    def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
+    def plan_server(self, n: int, before=None) -> None:
         """Writes down a server that is wanted: a new one, one there was, or a series' `before`."""
-        borrowed = bool(occurrence.server)
-        number = f'-{occurrence.id}-{n}'
+        at = self.occurrence
         # One that was there has a name of its own, which the first look tells.
-        values = dict(name=occurrence.server or server_name(occurrence.label, number),
-                      uid=occurrence.server or None, tries=0,
-                      state='unknown' if borrowed else 'planned', begun=None,
-                      account=self.clouds.account(occurrence.cloud, occurrence.project,
-                                                  occurrence.of_user))
+        values = dict(name=at.server or server_name(at.label, f'-{self.id}-{n}'),
+                      uid=at.server or None, tries=0, begun=None, account=self.account,
+                      state='unknown' if at.server else 'planned')
         if before:
             # from now on it is the new row's
-            change(Server, before.id, state='deleted', deleted=now)
+            change(Server, before.id, state='deleted', deleted=self.now)
             run('UPDATE claim SET occurrence = ? WHERE resource_id = ? AND server = ?',
-                occurrence.id, occurrence.resource_id, before.uid)
-            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now,
-                          account=before.account)
-        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up',
-               borrowed=borrowed,
-               failures=0, addresses='[]', snapshot='', snapshot_id='', fault='', due=now,
-               # What was asked for after the start can't be ready at the start.
-               planned=max(occurrence.start, occurrence.changed), **values)
+                self.id, at.resource_id, before.uid)
+            values = dict(name=before.name, uid=before.uid, tries=1, begun=self.now,
+                          account=before.account, state=DOWN[0])
+        # What was asked for after the start can't be ready at the start.
+        insert(Server, id=next_server(), occurrence=self.id, n=n, goal='up',
+               borrowed=bool(at.server), failures=0, addresses='[]', snapshot='', snapshot_id='',
+               fault='', due=self.now, planned=self.asked, **values)
 
-    def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
-        return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
-                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
-                        "AND NOT v.borrowed AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
-                        occurrence.reservation_id, occurrence.id))
+    def stopped_before(self) -> list:
+        """The VMs that its series stops or shelves, or has; it starts these again."""
+        return rows('SELECT v.*, o.resource_id FROM occurrence o JOIN server v '
+                    'ON v.occurrence_id = o.id WHERE o.reservation_id = ? AND NOT v.borrowed '
+                    "AND v.goal IN ('stop', 'shelve') AND v.state <> 'deleted' ORDER BY v.n, v.id",
+                    self.occurrence.reservation_id)
 
-    def stopped_before(self, occurrence) -> list:
-        """The VMs that a series has stopped or shelved before, on the same account."""
-        account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
-        return rows('SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON '
-                    'v.occurrence_id = o.id WHERE o.reservation_id = ? AND o.resource_id = ? AND '
-                    "v.state = 'kept' AND NOT v.borrowed AND v.goal IN ('stop', 'shelve') AND "
-                    'v.account = ? ORDER BY v.n, v.id',
-                    occurrence.reservation_id, occurrence.resource_id, account)
-
-    def goal_after(self, occurrence, server, over: bool) -> str:
+    def goal_after(self, server) -> str:
         """What becomes of a server that was wanted; one that never was up is not worth keeping."""
-        if server.borrowed:
-            return occurrence.at_end
-        asked = (over and occurrence.cancelled is None and server.ready
-                 and server.state not in ('error', 'deleting'))
-        return occurrence.at_end if asked else 'delete'
+        asked = self.ended and server.ready and server.state not in ('error', 'deleting')
+        return self.occurrence.at_end if server.borrowed or asked else 'delete'
 
-    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
+    def tell_in_error(self, servers: list) -> None:
         """Tells of servers that were up once and are in error at the end: nothing can be done."""
+        at_end = self.occurrence.at_end
         lost = [each for each in servers
                 if each.state == 'error' and each.ready and not each.borrowed]
-        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
-            tell_of(self.config, now, 'forced', 'these VMs are in error, so cmres could not do '
-                                                f'the agreed {occurrence.at_end} and deletes '
-                                                f'them: {named(lost)}', occurrence)
+        if lost and self.ended and at_end != 'delete':
+            self.tell('forced', f'these VMs are in error, so cmres could not do the agreed {at_end} '
+                                f'and deletes them: {named(lost)}')
 
-    def handed_on(self, occurrence, now: float) -> bool:
+    def handed_on(self) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
                         "o.reservation_id WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND "
                         'o.cancelled IS NULL AND o.due IS NOT NULL AND o.held_from <= ? AND '
-                        'o."end" > ?', occurrence.server, occurrence.id,
-                        now, now))
+                        'o."end" > ?', self.occurrence.server, self.id, self.now, self.now))
 
-    def force(self, occurrence, now: float) -> None:
+    def force(self) -> None:
         """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
-        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
-                    "NOT borrowed AND state NOT IN ('deleted', 'kept')", occurrence.id)
+        late = () if self.now < self.occurrence.end + self.config.end_grace else rows(
+            "SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
+            f'NOT borrowed AND {UNSETTLED}', self.id)
         for server in late:  # an image that is not complete by now never will be
-            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
+            change(Server, server.id, goal='delete', state='active', snapshot='', due=self.now)
         if late:
-            tell_of(self.config, now, 'forced', f'cmres could not {occurrence.at_end} these VMs '
-                                                f'within {format_duration(self.config.end_grace)} '
-                                                'after the '
-                                                f'end and deletes them: {named(late)}', occurrence)
+            grace = format_duration(self.config.end_grace)
+            self.tell('forced', f'cmres could not {self.occurrence.at_end} these VMs within {grace} '
+                                f'after the end and deletes them: {named(late)}')
 
-    def release_unused(self, occurrence, now: float) -> bool:
+    def release_unused(self) -> bool:
         """Warns of, and then releases, one on which nobody has booted anything; whether it did."""
-        boots = occurrence.image or occurrence.server or occurrence.idle
-        if not occurrence.no_show or not occurrence.mode or boots or row(
-                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
+        at = self.occurrence
+        if not at.no_show or not at.mode or self.boots or at.idle or row(
+                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', self.id):
             return False
-        begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
-        if now >= begun + occurrence.no_show:
-            found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now, 'nobody started a VM in it within '
-                                f'{format_duration(occurrence.no_show)}')
+        until = self.asked + at.no_show
+        if self.now >= until:
+            self.cancel(f'nobody started a VM in it within {format_duration(at.no_show)}')
             return True
-        if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            until = self.config.told_time(begun + occurrence.no_show)
-            tell_of(self.config, now, 'unused', 'nobody has started a VM in it; cmres cancels it '
-                                                f'at {until} if it stays unused', occurrence)
-            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
-                   due=begun + occurrence.no_show)
-            return True
+        if until - at.no_show + at.no_show // 2 <= self.now and until < at.end and (
+                not self.told & UNUSED):
+            self.told |= UNUSED
+            self.tell('unused', 'nobody has started a VM in it; cmres cancels it at '
+                                f'{self.config.told_time(until)} if it stays unused')
         return False
 
-    def end_foreign(self, occurrence, now: float) -> None:
+    def cancel(self, why: str) -> None:
+        found = self.service.look.occurrence(self.id)
+        self.service.admission.cancel([found], self.now, why)
+
+    def end_foreign(self) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if
         that is set, again and again until they are gone."""
-        foreign, ends = self.foreign(occurrence)
-        if foreign and not occurrence.told & FOREIGN:
-            tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
+        (foreign, ends), cloud = self.foreign(), self.occurrence.cloud
+        if foreign and not self.told & FOREIGN:
+            self.tell('foreign', what_becomes(foreign, ends))
+        self.told |= FOREIGN
         for each in foreign if ends else ():
-            self.workers.submit(('clear', each), 'clear', occurrence.cloud, each, occurrence.cloud)
+            self.workers.submit(('clear', each), 'clear', cloud, each, cloud)
         if foreign and ends:
             run('UPDATE claim SET due = min(due, ?) WHERE occurrence = ? AND due IS NOT NULL',
-                now + self.config.poll_changing, occurrence.id)
+                self.now + self.config.poll_changing, self.id)
 
-    def foreign(self, occurrence) -> tuple[list[str], bool]:
-        """The VMs that people booted in an occurrence by themselves, and whether they end with it.
-        """
-        said = occurrence.user_started or ('delete' if self.config.delete_user_started else 'keep')
-        return started_by_users(occurrence.id), said == 'delete'
+    def foreign(self) -> tuple[list[str], bool]:
+        """The VMs that people booted in it by themselves, and whether they end with it."""
+        usual = 'delete' if self.config.delete_user_started else 'keep'
+        return started_by_users(self.id), (self.occurrence.user_started or usual) == 'delete'
 
-    def what_becomes(self, foreign: list[str], ends: bool) -> str:
-        one = len(foreign) == 1
-        deletes, stays = ('is deleted', 'goes on') if one else ('are deleted', 'go on')
-        return (f"{counted(len(foreign), 'VM')} that users started themselves "
-                f"{deletes if ends else stays}: {', '.join(foreign)}")
-
-    def tell_up(self, occurrence, now: float):
-        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
+    def tell_up(self) -> None:
+        """Tells how many servers are up, if that was not told yet.
 
         That all are up is told at once the first time, and from the start on that some are not, if
         it is known why. Any other change is told when it has lasted for CALM.
         """
-        servers = rows('SELECT name, state, fault, ready, addresses, borrowed FROM server '
-                       "WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+        servers = self.servers()
         lacking = [each for each in servers if each.state != 'active']
         up = len(servers) - len(lacking)
-        full = up >= occurrence.vms
-        if self.up_is_told(occurrence, up, full) or not full and now < occurrence.start:
-            return occurrence._replace(up_check=None)
-        reason = any(each.fault or self.by_hand(each) for each in lacking)
-        first = not occurrence.told & (READY if full else READY | SHORT) and (full or reason)
-        check = now if first else occurrence.up_check or now + CALM
-        if check > now:
-            return occurrence._replace(up_check=check)
+        full = up >= self.occurrence.vms
+        if self.up_is_told(up, full) or not full and self.now < self.occurrence.start:
+            self.up_check = None
+            return
+        reason = any(each.fault or is_by_hand(each) for each in lacking)
+        first = not self.told & (READY if full else READY | SHORT) and (full or reason)
+        self.up_check = self.now if first else self.up_check or self.now + CALM
+        if self.up_check > self.now:
+            return
+        self.up_told, self.up_check = up, None
         if full:
-            self.tell_ready(occurrence, servers, now)
+            self.tell_ready(servers)
         else:
-            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
-            tell_of(self.config, now, code, f'{up} of {occurrence.vms} VMs are running; '
-                                            f'{self.why_not_up(lacking)}', occurrence)
-        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
-        return occurrence._replace(up_told=up, up_check=None, told=told)
+            self.tell_short(up, lacking)
 
-    def up_is_told(self, occurrence, up: int, full: bool) -> bool:
+    def up_is_told(self, up: int, full: bool) -> bool:
         """Whether what was told last is that so many servers are up."""
-        if occurrence.up_told is None:
+        if self.up_told is None or bool(self.told & SHORT) == full:
             return False
-        short = bool(occurrence.told & SHORT)
-        return not short and occurrence.up_told >= occurrence.vms if full else (
-            short and occurrence.up_told == up)
+        return self.up_told >= self.occurrence.vms if full else self.up_told == up
 
-    def tell_ready(self, occurrence, servers: list, now: float) -> None:
-        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
-        when = ' again' if occurrence.told & READY else f', {late} after the start'
+    def tell_ready(self, servers: list) -> None:
+        last = max(each.ready for each in servers)
+        late = format_duration(max(last - self.occurrence.start, 0))
+        when = ' again' if self.told & READY else f', {late} after the start'
         there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
-        tell_of(self.config, now, 'ready', f"all {counted(len(servers), 'VM')} are running{when}: "
-                                           f'{there}', occurrence)
+        self.tell('ready', f"all {counted(len(servers), 'VM')} are running{when}: {there}")
+        self.told = self.told & ~SHORT | READY
 
-    def by_hand(self, server) -> bool:
-        """Whether somebody has put a server to rest; what was so before, we start ourselves."""
-        return server.state in WAKES and bool(server.ready) and not server.borrowed
+    def tell_short(self, up: int, lacking: list) -> None:
+        code = 'stopped' if any(map(is_by_hand, lacking)) else 'trouble'
+        self.tell(code, f'{up} of {self.occurrence.vms} VMs are running; {why_not_up(lacking)}')
+        self.told |= SHORT
 
-    def why_not_up(self, servers: list) -> str:
-        """The reasons for which servers are not up, each with those that it concerns."""
-        reasons: dict = defaultdict(list)
-        for each in servers:
-            stopped = self.by_hand(each) and (
-                f'{each.state}; somebody stopped them, so cmres does not start them: openstack '
-                f'server {WAKES[each.state]} NAME')
-            fault = each.fault.rstrip('.') or 'the cloud is still starting them'
-            reasons[stopped or fault].append(each)
-        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
-
-    def tell_left(self, occurrence, now: float) -> int:
-        """Tells what has become of servers that were to stay or to be saved; LEFT once it has."""
-        left = rows('SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
-                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n",
-                    occurrence.id)
+    def tell_left(self) -> None:
+        """Tells, once, what has become of servers that were to stay or to be saved."""
+        left = () if self.told & LEFT else rows(
+            'SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
+            "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n", self.id)
         if any(each.state not in FINAL and each.goal != 'delete' for each in left):
-            return 0
+            return
+        self.told |= LEFT
         saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
         if saved:
-            tell_of(self.config, now, 'snapshot', f'saved: {saved}', occurrence)
+            self.tell('snapshot', f'saved: {saved}')
         for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
             how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
-            tell_of(self.config, now, 'stopped', f'{how} and not deleted: {named(stay)}',
-                    occurrence)
-        return LEFT
+            self.tell('stopped', f'{how} and not deleted: {named(stay)}')
 
-    def announce(self, occurrence, over: bool, now: float) -> int:
-        """Tells of a start or an end that comes soon, once; what was told so far."""
-        soon, ending = self.notice_times(occurrence)
-        if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
-            tell_of(self.config, now, 'soon',
-                    f'starts in {format_duration(occurrence.start - now)}', occurrence)
-            return occurrence.told | SOON
-        if not over and not occurrence.told & ENDING and ending <= now:
-            foreign, ends = self.foreign(occurrence)
-            also = f'; then {self.what_becomes(foreign, ends)}' if foreign else ''
-            tell_of(self.config, now, 'ending', f'ends in {format_duration(occurrence.end - now)}'
-                                                f'{also}', occurrence)
-            return occurrence.told | ENDING
-        return occurrence.told
+    def announce(self) -> None:
+        """Tells of a start or an end that comes soon, once."""
+        start, end = self.occurrence.start, self.occurrence.end
+        soon, ending = self.notice_times()
+        if self.over:
+            return
+        if soon <= self.now < start and not self.told & SOON:
+            self.told |= SOON
+            self.tell('soon', f'starts in {format_duration(start - self.now)}')
+        if ending <= self.now and not self.told & ENDING:
+            self.told |= ENDING
+            foreign, ends = self.foreign()
+            also = f'; then {what_becomes(foreign, ends)}' if foreign else ''
+            self.tell('ending', f'ends in {format_duration(end - self.now)}{also}')
 
-    def is_near(self, occurrence, over: bool, now: float) -> bool:
-        """Whether it is time to ask its cloud for what its VMs will need."""
-        boots = (occurrence.image or occurrence.server) and not over and not occurrence.idle
-        return bool(boots) and not occurrence.told & AHEAD and (
-            now >= occurrence.held_from - self.config.check_ahead)
+    def look_ahead(self) -> None:
+        """Lets its cloud be asked, once, whether what starts soon could start."""
+        at = self.occurrence
+        if self.told & AHEAD or self.now < at.held_from - self.config.check_ahead:
+            return
+        self.told |= AHEAD
+        about = row('SELECT * FROM reservation WHERE id = ?', at.reservation_id)
+        sight = self.clouds.sight(self.account, at.project, json.loads(about.trusted))
+        needs = NOTHING if at.server else self.needed_at(at.held_from)
+        asked = Ahead(self.id, made_in(about), sight, needs, self.homeless())
+        self.workers.submit(('ahead', self.id), 'ahead', self.account, asked, at.cloud)
 
-    def look_ahead(self, occurrence, now: float) -> int:
-        """Lets a cloud be asked whether what starts soon could start; AHEAD."""
-        about = row('SELECT r.*, o.of_user, s.cloud FROM occurrence o '
-                    'JOIN reservation r ON r.id = o.reservation_id '
-                    'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
-        account = self.clouds.account(about.cloud, about.project, about.of_user)
-        sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
-        needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
-        asked = Ahead(occurrence.id, made_in(about), sight, needs, self.homeless(occurrence))
-        self.workers.submit(('ahead', asked.occurrence), 'ahead', account, asked, about.cloud)
-        return AHEAD
-
-    def needed_at(self, at: int, account: str, now: float) -> Amount:
-        """What an account must be allowed besides what it has, for all that is up at an instant.
+    def needed_at(self, at: int) -> Amount:
+        """What its account must be allowed besides what it has, for all that is up at an instant.
         """
         found = rows(f"""
             SELECT o.*, r.project, s.cloud,
@@ -18966,64 +18943,86 @@ class Planner:
               JOIN reservation r ON r.id = o.reservation_id
              WHERE s.cloud = ? AND o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD}
                AND o.held_from <= ? AND o.held_until > ? AND r.image <> ''""",
-                     cloud_of(account), at, at, now)
+                     self.occurrence.cloud, at, at, self.now)
         total = NOTHING
         for each in found:
-            if self.clouds.account(each.cloud, each.project, each.of_user) == account:
+            if self.clouds.account(each.cloud, each.project, each.of_user) == self.account:
                 wanted = each.vms if each.held_until > at else 0
                 total += amount_of(each) // each.vms * (wanted - each.up)
         return total
 
-    def homeless(self, occurrence) -> int:
+    def homeless(self) -> int:
         """For how many of its VMs no host is planned, where hosts are planned."""
-        takes = occurrence.vcpus or occurrence.ram or occurrence.classes
-        if not takes or not planned_by_host(occurrence.resource_id):
+        at = self.occurrence
+        takes = at.vcpus or at.ram or at.classes
+        if not takes or not planned_by_host(at.resource_id):
             return 0
-        placed = read_placed(occurrence.placed)
+        placed = read_placed(at.placed)
         there = rows('SELECT id FROM host WHERE id IN numbers(?) AND until >= ?',
-                     json.dumps([*placed]), occurrence.held_until)
-        return occurrence.vms - sum(placed[each.id] for each in there)
+                     json.dumps([*placed]), at.held_until)
+        return at.vms - sum(placed[each.id] for each in there)
 
-    def notice_times(self, occurrence) -> tuple[float, float]:
+    def notice_times(self) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
-        length = occurrence.end - occurrence.start
-        before = self.config.remind_before
-        return occurrence.start - before, occurrence.end - min(before, length / 2)
+        start, end, before = self.occurrence.start, self.occurrence.end, self.config.remind_before
+        return start - before, end - min(before, (end - start) / 2)
 
-    def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; None once it is over and nothing is to do."""
-        if not over:
-            asked = max(occurrence.start, occurrence.changed)
-            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end, occurrence.held_from - self.config.check_ahead,
-                     asked + occurrence.no_show // 2, asked + occurrence.no_show,
-                     occurrence.up_check or 0)
-            return min(each for each in comes if each > now)
-        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
-               "LIMIT 1", occurrence.id):
-            return now + self.config.poll_changing
-        if all(self.foreign(occurrence)):
-            return now + self.config.lost_answer_wait
-        if occurrence.cancelled is None:
-            self.tell_end(occurrence, now)
-        if occurrence.at_end == 'stop':
-            change(Occurrence, occurrence.id, due=None)
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+    def next_look(self) -> float | None:
+        """When it must be planned again; None once it is over and nothing is to do."""
+        at = self.occurrence
+        if not self.over:
+            comes = (*self.notice_times(), at.held_from - self.config.check_ahead, at.held_from,
+                     at.start, at.end, self.asked + at.no_show // 2, self.asked + at.no_show,
+                     self.up_check or 0)
+            return min(each for each in comes if each > self.now)
+        if row(f'SELECT id FROM server WHERE occurrence_id = ? AND {UNSETTLED} LIMIT 1', self.id):
+            return self.now + self.config.poll_changing
+        if all(self.foreign()):
+            return self.now + self.config.lost_answer_wait
+        if self.ended:
+            self.tell_end()
+        if at.at_end == 'stop':
+            change(Occurrence, self.id, due=None)
+            self.service.bookings.count_stopped(at.reservation_id, self.now)
         return None
 
-    def tell_end(self, occurrence, now: float) -> None:
-        if occurrence.idle:
-            found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now, 'no capacity became free before its end')
+    def tell_end(self) -> None:
+        if self.occurrence.idle:
+            self.cancel('no capacity became free before its end')
             return
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
-                    'occurrence_id = ?', occurrence.id)
-        if (occurrence.image or occurrence.server) and not found.ever:
-            run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
+                    'occurrence_id = ?', self.id)
+        if self.boots and not found.ever:
+            self.told |= FAILED
             fault = (found.fault or '').rstrip('.') or 'the scheduler of cmres did not run'
-            tell_of(self.config, now, 'failed', f'no VM became ready: {fault}', occurrence)
+            self.tell('failed', f'no VM became ready: {fault}')
         else:
-            tell_of(self.config, now, 'ended', 'reached its end', occurrence)
+            self.tell('ended', 'reached its end')
+
+
+def what_becomes(foreign: list[str], ends: bool) -> str:
+    """What is said of VMs that users started, by whether they end with what they are in."""
+    one = len(foreign) == 1
+    deletes, stays = ('is deleted', 'goes on') if one else ('are deleted', 'go on')
+    return (f"{counted(len(foreign), 'VM')} that users started themselves "
+            f"{deletes if ends else stays}: {', '.join(foreign)}")
+
+
+def is_by_hand(server) -> bool:
+    """Whether somebody has put a server to rest; what was so before, we start ourselves."""
+    return server.state in WAKES and bool(server.ready) and not server.borrowed
+
+
+def why_not_up(servers: list) -> str:
+    """The reasons for which servers are not up, each with those that it concerns."""
+    reasons: dict = defaultdict(list)
+    for each in servers:
+        reason = each.fault.rstrip('.') or 'the cloud is still starting them'
+        if is_by_hand(each):
+            reason = (f'{each.state}; somebody stopped them, so cmres does not start them: '
+                      f'openstack server {WAKES[each.state]} NAME')
+        reasons[reason].append(each)
+    return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
 
 
 # Dispatcher ###################################################################
@@ -19661,9 +19660,7 @@ class LifeCycle:
         self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
                                      self.post, self.lender, self.watch)
         self.passed = time.monotonic()  # when a pass has worked last
-        self.stale = False  # whether series are still to be carried on
-        self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.line_moves = False  # whether those that wait are to be looked at once more
+        self.goes_on = False  # whether the next pass has something to do at once
         self.soonest = 0.0  # when something is due next
         self.seen: tuple | None = None  # the state of the store in which that was so
         self.zones, self.fresh_until = '', 0.0
@@ -19680,10 +19677,7 @@ class LifeCycle:
         self.watch.follow(now)
         self.workers.give_up()
         acts_for_none = '' in self.leader.served
-        if acts_for_none:
-            self.refresh(now)
-        self.stale, self.dropping, self.line_moves = self.stale and acts_for_none, False, False
-        self.planner.goes_on = False
+        self.goes_on = acts_for_none and self.refresh(now)
         if self.has_work(now):
             self.work(now, acts_for_none)
         if acts_for_none:
@@ -19702,10 +19696,10 @@ class LifeCycle:
     def work(self, now: float, acts_for_none: bool) -> None:
         """What is due: who waits and what goes, then what VMs need, then the calls for that."""
         if acts_for_none:
-            self.admit_waiting(now)
-            self.drop_staged(now)
+            self.goes_on |= self.admit_waiting(now)
+            self.goes_on |= self.drop_staged(now)
             self.do_later(now)
-        self.planner.plan(now)
+        self.goes_on |= self.planner.plan(now)
         self.lead(self.clocks.clock())  # all that may have taken long
         self.dispatcher.call(now)
         self.lender.lend(now)
@@ -19718,11 +19712,6 @@ class LifeCycle:
             self.wake.wait(0 if self.goes_on else 1)
             self.wake.clear()
         return acting
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the next pass has something to do at once."""
-        return self.stale or self.dropping or self.line_moves or self.planner.goes_on
 
     def has_work(self, now: float) -> bool:
         """Whether anything is due; asked anew only where somebody has written since."""
@@ -19918,10 +19907,11 @@ class LifeCycle:
             self.ask_clouds(self.leader.held, 'time', lambda account: None)
         return now
 
-    def refresh(self, now: float) -> None:
-        """Carries series on, once a day and with a new zone table; some in each pass."""
+    def refresh(self, now: float) -> bool:
+        """Carries series on, once a day and with a new zone table; some in each pass. Whether more
+        may be left."""
         if now < self.fresh_until:
-            return
+            return False
         stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
         done = fact('refreshed') == stamp
         if stamp != self.zones:
@@ -19932,12 +19922,12 @@ class LifeCycle:
             'AND carried IS NOT ? LIMIT 20', int(now), stamp)
         for each in stale:
             self.carry_on(each.id, stamp, now)
-        self.stale = bool(stale)
         if not stale:
             self.fresh_until = (now // 86400 + 1) * 86400
         if not stale and not done:
             with self.leader.acting():
                 note_fact('refreshed', stamp)
+        return bool(stale)
 
     def carry_on(self, reservation: int, stamp: str, now: float) -> None:
         """Carries one series on; one that can't be is told of, and is tried again the next day."""
@@ -19964,23 +19954,24 @@ class LifeCycle:
             forgotten = self.service.forget(now)
         self.tidied = 0.0 if forgotten else now
 
-    def admit_waiting(self, now: float) -> None:
-        self.line_moves = False
-        if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            replans.found, replans.searches = {}, FEW_SEARCHES
-            if planned_by_host():
-                with self.service.writing(dry_run=True):  # a search takes no lock
-                    self.service.waiting.admit_waiting(now)
-            with self.leader.acting():
-                self.line_moves = self.service.waiting.admit_waiting(now)
+    def admit_waiting(self, now: float) -> bool:
+        """Admits those for whom something has become free; whether to look once more."""
+        if not any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            return False
+        replans.found, replans.searches = {}, FEW_SEARCHES
+        if planned_by_host():
+            with self.service.writing(dry_run=True):  # a search takes no lock
+                self.service.waiting.admit_waiting(now)
+        with self.leader.acting():
+            return self.service.waiting.admit_waiting(now)
 
-    def drop_staged(self, now: float) -> None:
+    def drop_staged(self, now: float) -> bool:
         """Erases some of what a process had begun to write, and has not gone on with."""
         left = those_due('staged', 'SELECT f.name FROM fact f', now)
-        self.dropping = bool(left)
         for each in left:
             with self.leader.acting():
                 Staged(self.service, each.name).drop_some(now)
+        return bool(left)
 
     def do_later(self, now: float) -> None:
         """Does what people have asked for and can't take back any more."""

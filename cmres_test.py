@@ -11014,6 +11014,23 @@ def test_what_nobody_uses_is_warned_of_and_then_released(world):
     book(world.service, 'all', start=2, end=4, resource='gpu', vms=4)
 
 
+def test_what_ends_before_it_would_be_released_is_not_warned_of_and_ends_in_time(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=4, no_show=hours(0.5))
+    book(world.as_user(), start=1, end=1.45, resource='gpu')
+    world.at(1.25)
+    later(world, 60)
+    world.at(1.45)
+    assert 'unused' not in codes(world) and codes(world)[-1] == 'ended'
+
+
+def test_what_ends_soon_is_told_also_where_nobody_came(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=4, no_show=hours(0.5))
+    book(world.as_user(), start=1, end=1.51, resource='gpu', notify=['eva@example.org'])
+    for at in 1, 1.25, 1.4:
+        world.at(at)
+    assert [code for code in codes(world) if code in ('unused', 'ending')] == ['unused', 'ending']
+
+
 def test_what_somebody_uses_is_not_released(world):
     nobody_came(world)
     world.at(1.3)
@@ -16950,11 +16967,12 @@ def test_each_starts_ends_and_looks_at_what_is_on_its_clouds_alone(world):
     assert not cmres.rows('SELECT * FROM simulated_server WHERE gone IS NULL')
 
 
-def test_what_is_asked_before_a_start_and_deleted_after_an_end_is_of_who_acts_for_the_cloud(world):
+def test_what_is_asked_before_a_start_and_deleted_after_an_end_is_of_who_acts_for_the_cloud(world, monkeypatch):
     schedulers, calls = Schedulers(world, 2, 2), []
     schedulers.passes(8)
+    world.config.take(delete_user_started=True)
+    monkeypatch.setattr(cmres, 'started_by_users', lambda occurrence: [f'of-{occurrence}'])
     for cycle in schedulers.there:
-        cycle.planner.foreign = lambda occurrence: ([f'of-{occurrence.label}'], True)
         work = cycle.workers.work
         cycle.workers.work = lambda call, cycle=cycle, work=work: (work(call), calls.append((cycle, call)))
     for place in 'demo', 'place-2':
