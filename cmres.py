@@ -19980,14 +19980,20 @@ class LifeCycle:
             service, left = self.service.acting(Actor(*said['by'])), deque(said['calls'])
             while left:
                 with self.leader.acting():
+                    if not returned('DELETE FROM fact WHERE name = ? RETURNING name', each.name):
+                        break  # somebody has taken it back meanwhile
                     for name, asked in some_of(left):
-                        try:
-                            with Attempt():
-                                getattr(service, name)(**bind(API[name], asked, service.here))
-                        except Error as error:  # it has ended meanwhile
-                            log.info('%s of %s was not done: %s', name, asked, error)
-                    note_fact(each.name, f'{now:.3f} ' + json.dumps(said | {'calls': [*left]}))
-            run('DELETE FROM fact WHERE name = ?', each.name)
+                        self.do_one(service, name, asked)
+                    if left:
+                        note_fact(each.name, f'{now:.3f} ' + json.dumps(said | {'calls': [*left]}))
+
+    def do_one(self, service: Reservations, name: str, asked: dict) -> None:
+        """Does one thing that somebody has asked for, if that still goes."""
+        try:
+            with Attempt():
+                getattr(service, name)(**bind(API[name], asked, service.here))
+        except Error as error:  # it has ended meanwhile
+            log.info('%s of %s was not done: %s', name, asked, error)
 
 
 # Document ####################################################################

@@ -21257,6 +21257,25 @@ def test_for_ten_seconds_a_deed_is_done_for_its_owner_alone_and_undo_always_work
     assert 'too late' in undo_form(page).submit(status=409)
 
 
+def test_what_is_undone_while_a_pass_is_about_to_do_it_is_not_done(world, monkeypatch):
+    """The pass has read what is due; who takes it back is asked for that no more, and told that it stays."""
+    book(world.as_user(), start=4, end=6)
+    page = form_of(as_visitor(world).get('/r/lab'), '/do/delete').submit(status=303).follow()
+    due = cmres.those_due
+
+    def meanwhile(what, *rest):
+        found = due(what, *rest)
+        if what == 'later' and found:
+            world.now -= 1
+            undo_form(page).submit(status=303)
+            world.now += 1
+        return found
+    monkeypatch.setattr(cmres, 'those_due', meanwhile)
+    let_undo_pass(world)
+    assert world.state('lab') == 'reserved'
+    assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.LATER}')
+
+
 def test_undo_is_of_who_did_it_and_without_it_all_is_done_at_once(tmp_path):
     world = World(tmp_path, undo_time=0)
     book(world.as_user(), start=4, end=5)
