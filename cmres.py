@@ -18023,16 +18023,15 @@ class Clocks:
 
     def recall(self) -> None:
         """Recalls what the process that acted before thought of the clocks, and when."""
-        if found := row('SELECT value FROM fact WHERE name = ?', 'clocks'):
-            trust = Trust(*json.loads(found.value))
+        if found := fact('clocks'):
+            trust = Trust(*json.loads(found))
             self.trust = self.trust or trust
             self.latest = max(self.latest, trust.offset + trust.uptime)
 
     def judge(self, said: Trust | None = None) -> None:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
         before, self.trust = self.trust, said or self.judged()[0]
-        run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
-            'excluded.value', 'clocks', json.dumps(self.trust))
+        note_fact('clocks', json.dumps(self.trust))
         if self.trust.doubted == (before and before.doubted):
             return
         sentence = 'the clock of this computer is right again'
@@ -18230,6 +18229,11 @@ def leases(clouds: Clouds) -> list:
                 json.dumps([*clouds.names()]))
 
 
+def last_pass(found: list, now: float, config: Config) -> float:
+    """How long ago the first of some leases was renewed, as each pass does."""
+    return max(now - found[0].until + config.leader_timeout, 0)
+
+
 TAKE = """INSERT INTO lease (name, holder, until) VALUES (?1, ?2, ?3)
   ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
   WHERE lease.until <= ?4 OR lease.until > 2 * excluded.until - ?4 RETURNING name"""
@@ -18376,10 +18380,11 @@ class Workers:
     def do_verb(self, call: Job) -> None:
         getattr(self.clouds.open(call.account), call.verb)(call.target.uid)
 
-    def do_snapshot(self, call: Job) -> tuple[str, str]:
+    def do_snapshot(self, call: Job) -> dict[str, str]:
         server = call.target
         name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
-        return name, self.clouds.open(call.account).snapshot(server.uid, name)
+        id = self.clouds.open(call.account).snapshot(server.uid, name)
+        return {'snapshot': name, 'snapshot_id': id}
 
     def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
         """The servers with our marks, and those of the known ones that are gone for sure.
@@ -18422,13 +18427,13 @@ class Workers:
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
+        if notice.invites:
+            self.invite(notice)
+            return
         if (notice.occurrence or 0) > 0:
             found = next(iter(self.service.look.in_order([notice.occurrence])), None)
         elif notice.reservation_id:
             found = self.service.look.next_of(notice.reservation_id)
-        if notice.invites:
-            self.invite(notice)
-            return
         deliver(self.config, notice, public(found) if found else {})
 
     def invite(self, notice) -> None:
@@ -18473,13 +18478,15 @@ class Workers:
         hanging = Counter(call.account for call in self.hanging)
         return any(hanging[call.account] < self.config.workers for call in self.flying.values())
 
-    def forget(self) -> None:
-        """What ended is for the process to find out that acts now."""
+    def gather(self) -> list[Job]:
+        """The calls that ended, which is not on disk yet."""
         while not self.results.empty():
             self.ended.append(self.results.get())
-        self.forget_calls()
+        return self.ended
 
-    def forget_calls(self) -> None:
+    def forget(self) -> None:
+        """Forgets the calls that were gathered: what became of them is on disk, or is for another
+        process to find out."""
         for result in self.ended:
             self.hanging.discard(result)
             if self.flying.get(result.key) is result:
@@ -18521,6 +18528,8 @@ class Health:
         if not (isinstance(error, CloudError) and error.ill):
             if not isinstance(error, LostLease) and result.ended > before.until:
                 self.breakers[result.account] = Breaker()
+                if before.failures >= TRIPS:
+                    log.warning('cloud %s works again', result.account)
             return
         # Calls that fail side by side are one failure: they met the same moment.
         failures = before.failures + (result.began > before.last)
@@ -18528,13 +18537,9 @@ class Health:
         until = now + max(pause, wished_pause(error))
         self.breakers[result.account] = Breaker(
             failures, max(before.last, result.ended), max(before.until, until), str(error))
-
-    def tell(self, account: str, before: Breaker, after: Breaker) -> None:
-        if before.failures < TRIPS <= after.failures:
-            log.warning('cloud %s: several errors in a '
-                        'row. cmres waits before it asks again', account)
-        if after.failures < TRIPS <= before.failures:
-            log.warning('cloud %s works again', account)
+        if before.failures < TRIPS <= failures:
+            log.warning('cloud %s: several errors in a row. cmres waits before it asks again',
+                        result.account)
 
 
 class Post:
@@ -18743,7 +18748,7 @@ class Planning:
                 change(Server, server.id, goal=self.goal_after(server), due=self.now)
         self.tell_in_error(servers)
 
-    @property
+    @functools.cached_property
     def account(self) -> str:
         """The account on which its servers are."""
         at = self.occurrence
@@ -19104,10 +19109,8 @@ class Dispatcher:
         breaker = self.health.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
-        change(Server, server.id, due=max(breaker.until, now + self.config.poll_changing),
-               fault=breaker.fault[:500])
-        if server.fault != breaker.fault[:500]:
-            look_again(server.occurrence_id, now)
+        soon = now + self.config.poll_changing
+        self.hold_back(server, max(breaker.until, soon), breaker.fault[:500], now)
         return True
 
     def must_wait(self, server, waits: dict, now: float) -> bool:
@@ -19119,10 +19122,13 @@ class Dispatcher:
         why, until, which = waits[server.resource_id]
         if which is not None and server.occurrence_id not in which:
             return False
-        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
-        if server.fault != why[:500]:
-            look_again(server.occurrence_id, now)
+        self.hold_back(server, min(until, now + CALM), why[:500], now)
         return True
+
+    def hold_back(self, server, due: float, why: str, now: float) -> None:
+        change(Server, server.id, due=due, fault=why)
+        if server.fault != why:
+            look_again(server.occurrence_id, now)
 
     def intend(self, verb: str, server, now: float) -> list:
         """Writes what will be done; the calls that it takes."""
@@ -19269,16 +19275,15 @@ class HostWatch:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
         told, self.told = self.told, []
         traced, self.traced = self.traced, False
+        follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors,
+                  'states': functools.partial(self.follow_states, now=now)}
         for each in told:
             if each.target not in self.leader.held:
                 continue
             if self.synced[each.verb, each.target] != fact(f'synced {each.target}'):
                 self.ask(each.verb)  # somebody knows more by now
-            elif each.verb != 'states':
-                follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors}
-                follow[each.verb](each.target, each.answer)
             else:
-                self.follow_states(each.target, each.answer, now)
+                follow[each.verb](each.target, each.answer)
         if told or traced:
             self.service.make_way(self.leader.held)
 
@@ -19334,29 +19339,21 @@ class Reconciler:
 
     def record(self, now: float) -> None:
         """Writes down what calls came to since the last pass; that waits until it has worked."""
-        while not self.workers.results.empty():
-            result = self.workers.results.get()
-            # The clock may have been set back since.
-            result.began, result.ended = min(result.began, now), min(result.ended, now)
-            self.workers.ended.append(result)
-        if not self.workers.ended:
+        if not self.workers.gather():
             return
-        breakers = dict(self.health.breakers)
         with self.leader.acting():
             for result in self.workers.ended:
-                if result.cloud not in self.leader.held:
-                    continue
-                self.health.note(result, now)
-                if result.error and not isinstance(result.error, Error):
-                    log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
-                self.record_alone(result, now)
-        for account in breakers.keys() | self.health.breakers.keys():
-            before, after = breakers.get(account, Breaker()), self.health.breakers[account]
-            self.health.tell(account, before, after)
-        self.workers.forget_calls()
+                if result.cloud in self.leader.held:
+                    self.record_alone(result, now)
+        self.workers.forget()
 
     def record_alone(self, result: Job, now: float) -> None:
         """Records one result; if it can't be recorded, the others are, and a look tells later."""
+        # The clock may have been set back since.
+        result.began, result.ended = min(result.began, now), min(result.ended, now)
+        self.health.note(result, now)
+        if result.error and not isinstance(result.error, Error):
+            log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
         try:
             with Attempt():
                 self.record_one(result, now)
@@ -19389,10 +19386,8 @@ class Reconciler:
         elif result.verb == 'verify':
             self.record_verify(server, result.answer, now)
         else:
-            saved = (dict(zip(('snapshot', 'snapshot_id'), result.answer))
-                     if result.verb == 'snapshot' else {})
             change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
-                   due=now + self.config.poll_changing, **saved)
+                   due=now + self.config.poll_changing, **(result.answer or {}))
 
     def record_boot(self, server, result: Job, now: float) -> None:
         begun, error = result.began, result.error
@@ -19669,6 +19664,7 @@ class LifeCycle:
     def converge(self, now: float) -> bool:
         """One pass, if this process may act; a later one records the calls that it begins."""
         if not self.lead(now):
+            self.workers.gather()
             self.workers.forget()
             return False
         now = self.believed()  # we may have been frozen since
@@ -20431,7 +20427,8 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
+            handle = handler(service, operation, fixed, visitor)
+            app.route(rule(operation, path), verb, handle, name=operation.name)
     for path in FEEDS:
         app.route(path, 'GET', feed_handler(service))
 
@@ -20934,7 +20931,7 @@ class Readiness:
         if not found:
             return {'fault': 'No scheduler has run yet. Start `serve` or `scheduler`.'}
         now, config = self.service.clock(), self.service.config
-        age = round(max(now - found[0].until + config.leader_timeout, 0), 1)
+        age = round(last_pass(found, now, config), 1)
         cloud = f" for the cloud '{found[0].name}'" if found[0].name else ''
         late = (f'The scheduler last ran {format_duration(int(age))} ago{cloud}. Start `serve` or '
                 '`scheduler`, or look at its log.')
@@ -21052,16 +21049,23 @@ def role_of(service: Reservations, found: Scoped) -> str:
 def by_proxy(service: Reservations, request) -> Actor | None:
     """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
     begin = service.config.identity_header
-    user = header(request, f'{begin}-User')
+    user = in_utf8(header(request, f'{begin}-User'))
     if not user or not service.config.is_among(
             'identity_proxies', request.environ.get('REMOTE_ADDR', '')):
         return None
-    project = header(request, f'{begin}-Project') or 'default'
+    project = in_utf8(header(request, f'{begin}-Project')) or 'default'
     role = header(request, f'{begin}-Role') or USER
     if role not in ROLES:
         raise Forbidden(f"the proxy says that your role is '{role}'; it must be one of "
                         f"{', '.join(ROLES)}")
     return let_in(service, request, user, project, role)
+
+
+def in_utf8(said: str) -> str:
+    """A header in UTF-8, as proxies send names; if it is in none, as it is: names stay different."""
+    with suppress(UnicodeError):
+        return said.encode('latin1').decode()
+    return said
 
 
 def let_in(service: Reservations, request, user: str, project: str, role: str) -> Actor:
@@ -21206,9 +21210,7 @@ class Gate:
     """The WSGI application before that of a service; `cycle` is the life cycle of this process."""
 
     def __init__(self, app: Callable, service: Reservations, cycle: LifeCycle | None = None):
-        self.app, self.service, self.cycle = app, service, cycle
-        self.operations = {(verb, rule(operation, path)): operation.name
-                           for operation in API.values() for verb, path, _ in operation.routes}
+        self.app, self.service = app, service
         self.store = StoreMetrics(service, cycle)
         self.reader = ''  # the hash of the token that has read metrics last
 
@@ -21285,9 +21287,8 @@ class Gate:
         """What a request asked for: the name of an operation, else the rule of a page, else -."""
         if environ['PATH_INFO'] in QUIET:
             return environ['PATH_INFO'][1:]
-        rule = getattr(environ.get('bottle.route'), 'rule', '-')
-        verb = environ['REQUEST_METHOD']
-        return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
+        route = environ.get('bottle.route')
+        return (route.name or route.rule) if route else '-'
 
 
 def refuse_malformed(environ: dict) -> None:
@@ -21402,9 +21403,9 @@ class StoreMetrics:
     def of_store(self) -> Iterator[tuple]:
         """What is counted by few rows of the store."""
         now = self.service.clock()
-        for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
-                            ('pending', 'reservation WHERE pending IS NOT NULL')):
-            yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
+        for name in ('waiting', 'pending'):
+            which = f'SELECT count(*) FROM reservation WHERE {name} IS NOT NULL'
+            yield f'reservations_{name}', (), run(which).fetchone()[0]
         number, oldest = run(
             'SELECT count(*), min(e.at) FROM outbox n JOIN event e ON e.id = n.event_id '
             'WHERE n.due IS NOT NULL').fetchone()
@@ -21414,9 +21415,8 @@ class StoreMetrics:
                                           "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
             yield 'servers', (('cloud', account), ('state', state)), number
         found = leases(self.service.clouds)
-        for lease in found[:1]:
-            renewed = lease.until - self.service.config.leader_timeout
-            yield 'pass_age_seconds', (), max(now - renewed, 0)
+        if found:
+            yield 'pass_age_seconds', (), last_pass(found, now, self.service.config)
         for lease in found:
             if lease.until > now:
                 host = lease.holder.partition(':')[0]

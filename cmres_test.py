@@ -16829,8 +16829,9 @@ def test_a_pass_that_takes_longer_than_its_lease_calls_all_the_same_where_nobody
     plan = world.cycle.planner.plan
 
     def slow_plan(now):
-        plan(now)
+        more = plan(now)
         world.now += world.config.leader_timeout + 1
+        return more
     world.cycle.planner.plan = slow_plan
     assert world.cycle.converge(world.now)
     wait_for(world.there)
@@ -18865,6 +18866,10 @@ def test_a_proxy_says_who_asks_and_nobody_else_can(tmp_path, empty):
     said = {'X-Remote-User': 'eva', 'X-Remote-Project': 'biology'}
     assert labels(get('10.1.2.3', 200, **said)) == ['hers']
     assert get('10.1.2.3', 200, **said | {'X-Remote-Project': 'chem'}) == []
+    book(world.as_user('josé', 'biologie générale'), 'his')
+    assert labels(get('10.1.2.3', 200, **{'X-Remote-User': 'josé'.encode().decode('latin1'),
+                                          'X-Remote-Project': 'biologie générale'.encode().decode('latin1')})) == ['his']
+    assert get('10.1.2.3', 200, **{'X-Remote-User': 'josé', 'X-Remote-Project': 'biologie'}) == []  # is no UTF-8
     assert 'must be one of reader, user, admin' in get('10.1.2.3', 403, **said | {'X-Remote-Role': 'root'})['error']
     get('10.1.2.3', 401)
     get('10.9.9.9', 401, **said | {'X-Forwarded-For': '10.1.2.3'})
