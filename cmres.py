@@ -18144,21 +18144,27 @@ class Leadership:
         with transaction(first=True):
             now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
             self.bury(now)
-            free, until, there = self.free(now), now + lasts, now + self.ahead
-            held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
-                            there + lasts, self.name)
-            taken = {each for each in free
-                     if returned(TAKE, each, self.name, there + lasts, there)}
+            held, taken = self.take(now)
             if taken or not self.clocks.trust:
                 self.clocks.recall()
             self.clocks.judge()
             if taken:
-                run('DELETE FROM lease WHERE name = holder AND until < ?', there - 60 * lasts)
                 self.bound_calls(self.clocks.now(), taken)
                 inherit(self.clocks.now(), taken)
-        self.leased_until = until
+        self.leased_until = now + lasts
         self.held = (held | taken) - {self.name}
         return taken - {self.name}
+
+    def take(self, now: float) -> tuple[set[str], set[str]]:
+        """Renews the leases of this process and takes the free ones that it is to have; both."""
+        there, lasts = now + self.ahead, self.config.leader_timeout
+        free = self.free(now)
+        held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
+                        there + lasts, self.name)
+        taken = {each for each in free if returned(TAKE, each, self.name, there + lasts, there)}
+        if taken:
+            run('DELETE FROM lease WHERE name = holder AND until < ?', there - 60 * lasts)
+        return held, taken
 
     def free(self, now: float) -> list[str]:
         """Looks what this process has and how much too much; the free leases that it is to have."""
@@ -18281,13 +18287,18 @@ class Ahead(NamedTuple):
     homeless: int  # VMs without a host
 
 
+def lacking(left: Amount | None, needs: Amount) -> list[str]:
+    """What an amount lacks of another, each in words: what is left of what is needed."""
+    return [f'{quantity(name, there)} of {quantity(name, need)}'
+            for name, there, need in zip(FIGURES, left or (), needs) if there < need]
+
+
 class Workers:
     """The calls that are under way, in threads of their own."""
 
-    def __init__(self, config: Config, clouds: Clouds, service: Reservations, clocks: Clocks,
-                 leader: Leadership):
-        self.config, self.clouds, self.service = config, clouds, service
-        self.clocks, self.leader = clocks, leader
+    def __init__(self, service: Reservations, leader: Leadership):
+        self.config, self.clouds, self.service = service.config, service.clouds, service
+        self.clocks, self.leader = leader.clocks, leader
         self.wake = threading.Event()       # set when a call has ended
         self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
         self.hanging: set[Job] = set()      # calls that workers have although their time is over
@@ -18414,11 +18425,7 @@ class Workers:
                 ask()
             except Invalid as error:
                 found.append(f'{error}'.rstrip('.'))
-        left = cloud.left() if about.needs != NOTHING else None
-        lacks = [f'{quantity(name, getattr(left, name))} of '
-                 f'{quantity(name, getattr(about.needs, name))}' for name in FIGURES
-                 if left and getattr(left, name) < getattr(about.needs, name)]
-        if lacks:
+        if about.needs != NOTHING and (lacks := lacking(cloud.left(), about.needs)):
             found.append(f"The quota of the cloud {call.account} leaves {', '.join(lacks)} that "
                          'are needed by then')
         if about.homeless:
@@ -18545,8 +18552,8 @@ class Health:
 class Post:
     """Which notices go out, and what becomes of them."""
 
-    def __init__(self, config: Config, workers: Workers, health: Health):
-        self.config, self.workers, self.health = config, workers, health
+    def __init__(self, workers: Workers, health: Health):
+        self.config, self.workers, self.health = workers.config, workers, health
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
 
     def next_notices(self, now: float) -> list:
@@ -18556,30 +18563,27 @@ class Post:
         of the workers and mail half of them: silent hosts of some delay nobody else's notices.
         """
         under_way = [key for key in self.workers.flying if key[0] == 'notice']
-        if len(under_way) >= self.config.workers:
+        most = self.config.workers - len(under_way)
+        if most <= 0 or now < self.calm_until:  # nothing has changed for those that had to wait
             return []
         owners = Counter(key[2] for key in under_way)
         hosts = Counter(host_of(key[1]) for key in under_way)
-        if now < self.calm_until:  # nothing has changed for those that had to wait
-            return []
         _, is_aside = not_real_yet()
         heads = [each for each in those_due('notice', NOTICES, now, 'ORDER BY n.id')
                  if not is_aside(each.event)]
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
         chosen: list = []
-        while queues and len(under_way) + len(chosen) < self.config.workers:
+        while queues and len(chosen) < most:
             owner = min(queues, key=owners.__getitem__)
             full = owners[owner] >= max(self.config.workers // 4, 1)
             may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
             notice = next(may_go, None)
             if notice is None:
                 del queues[owner]
-                continue
-            if notice.invites and self.is_invited_enough(notice, now):
-                continue
-            chosen.append(notice)
-            owners[owner] += 1
-            hosts[host_of(notice.target)] += 1
+            elif not (notice.invites and self.is_invited_enough(notice, now)):
+                chosen.append(notice)
+                owners[owner] += 1
+                hosts[host_of(notice.target)] += 1
         self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
         return chosen
 
@@ -18652,10 +18656,8 @@ MOST_PLANNED = 50  # in one transaction
 class Planner:
     """Plans occurrences."""
 
-    def __init__(self, config: Config, clouds: Clouds, service: Reservations, leader: Leadership,
-                 workers: Workers):
-        self.config, self.clouds, self.service = config, clouds, service
-        self.leader, self.workers = leader, workers
+    def __init__(self, workers: Workers):
+        self.workers, self.leader = workers, workers.leader
 
     def plan(self, now: float) -> bool:
         """Writes down the servers that occurrences want now, and gives up those they don't; whether
@@ -18674,16 +18676,16 @@ class Planner:
             found = [each for each in those_due('occurrence', due, now, *there, 1000)
                      if not is_aside(each.reservation_id)][:MOST_PLANNED]
             for occurrence in found:
-                Planning(self, occurrence, now).plan()
+                Planning(self.workers, occurrence, now).plan()
         return len(found) == MOST_PLANNED
 
 
 class Planning:
     """One occurrence at an instant: what it wants, and what is told of it."""
 
-    def __init__(self, planner: Planner, occurrence, now: float):
-        self.config, self.clouds = planner.config, planner.clouds
-        self.service, self.workers = planner.service, planner.workers
+    def __init__(self, workers: Workers, occurrence, now: float):
+        self.config, self.clouds = workers.config, workers.clouds
+        self.service, self.workers = workers.service, workers
         self.occurrence, self.id, self.now = occurrence, occurrence.id, now
         self.told = occurrence.told
         self.up_told, self.up_check = occurrence.up_told, occurrence.up_check
@@ -19039,9 +19041,8 @@ def why_not_up(servers: list) -> str:
 class Dispatcher:
     """Hands calls to workers."""
 
-    def __init__(self, service: Reservations, leader: Leadership, workers: Workers,
-                 health: Health, post: Post):
-        self.config, self.service, self.leader = service.config, service, leader
+    def __init__(self, workers: Workers, health: Health, post: Post):
+        self.config, self.service, self.leader = workers.config, workers.service, workers.leader
         self.workers, self.health, self.post = workers, health, post
         self.taken: Counter = Counter()  # how many workers are not free, by account
 
@@ -19250,8 +19251,8 @@ def note_lent(lent: Lent, what: str, id) -> None:
 class HostWatch:
     """Has resources follow the hosts of their clouds, and VMs leave hosts that are down."""
 
-    def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
-        self.service, self.leader, self.workers = service, leader, workers
+    def __init__(self, workers: Workers):
+        self.service, self.leader, self.workers = workers.service, workers.leader, workers
         self.told: list[Job] = []  # what clouds have told and nobody has looked at
         self.synced: dict = {}  # which sync was the last before a cloud was asked something
         self.traced = False  # whether claims may have changed hosts since the last pass
@@ -19323,17 +19324,17 @@ def tell_vanished(config: Config, servers: list, now: float,
 class Reconciler:
     """Records what calls came to."""
 
-    def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
-                 health: Health, post: Post, lender: Lender, watch: HostWatch):
-        self.config, self.clouds, self.service = service.config, service.clouds, service
-        self.leader, self.workers, self.health = leader, workers, health
+    def __init__(self, workers: Workers, health: Health, post: Post, lender: Lender,
+                 watch: HostWatch):
+        self.config, self.clouds, self.service = workers.config, workers.clouds, workers.service
+        self.leader, self.workers, self.health = workers.leader, workers, health
         self.watch = watch
         # Since when servers were seen to boot, by account.
         self.building: dict[str, dict] = defaultdict(dict)
         self.reported: set[str] = set()  # orphans that wait for an admin
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
-            'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
+            'trace': self.record_trace, 'time': workers.clocks.confirm, 'poll': self.record_poll,
             'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead,
             **dict.fromkeys(('hosts', 'states', 'flavors'), watch.record)}
 
@@ -19364,10 +19365,12 @@ class Reconciler:
                           result.account)
 
     def record_one(self, result: Job, now: float) -> None:
-        if result.key[0] != 'server':
-            if not isinstance(result.error, LostLease):  # else it is due still
-                self.deeds[result.verb](result, now)
-            return
+        if result.key[0] == 'server':
+            self.record_of_server(result, now)
+        elif not isinstance(result.error, LostLease):  # else it is due still
+            self.deeds[result.verb](result, now)
+
+    def record_of_server(self, result: Job, now: float) -> None:
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
         if (server.state in FINAL or server.tries != result.target.tries
             or server.cloud not in self.leader.held):
@@ -19643,17 +19646,14 @@ class LifeCycle:
         self.clocks = Clocks(config, clock, uptime)
         self.leader = Leadership(config, self.clocks, clouds)
         actor = Actor('cmres', 'default', ADMIN)
-        self.service = service = Reservations(config, clouds, actor, self.clocks.now)
-        service.fence = self.leader.refuse
-        self.workers = Workers(config, clouds, service, self.clocks, self.leader)
-        self.wake, self.health = self.workers.wake, Health(config)
-        self.post = Post(config, self.workers, self.health)
-        self.planner = Planner(config, clouds, service, self.leader, self.workers)
-        self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
-        self.lender = Lender(self.workers)
-        self.watch = HostWatch(service, self.leader, self.workers)
-        self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
-                                     self.post, self.lender, self.watch)
+        self.service = Reservations(config, clouds, actor, self.clocks.now)
+        self.service.fence = self.leader.refuse
+        self.workers = workers = Workers(self.service, self.leader)
+        self.wake, self.health = workers.wake, Health(config)
+        post, self.planner = Post(workers, self.health), Planner(workers)
+        self.dispatcher = Dispatcher(workers, self.health, post)
+        self.lender, self.watch = Lender(workers), HostWatch(workers)
+        self.reconciler = Reconciler(workers, self.health, post, self.lender, self.watch)
         self.passed = time.monotonic()  # when a pass has worked last
         self.goes_on = False  # whether the next pass has something to do at once
         self.soonest = 0.0  # when something is due next
@@ -21215,9 +21215,8 @@ class Gate:
         self.reader = ''  # the hash of the token that has read metrics last
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
-        began, answer = time.monotonic(), Reply(environ, start_response)
+        answer = Reply(environ, start_response, self.finish)
         environ['cmres.address'] = address = self.address(environ)
-        environ['cmres.began'] = began
         environ['cmres.request_id'] = request_name(environ)
         try:
             self.service.shares.rates.take('requests_per_address', address)
@@ -21225,12 +21224,12 @@ class Gate:
             refuse_malformed(environ)
             reads = environ['REQUEST_METHOD'] in ('GET', 'HEAD')
             if reads and environ['PATH_INFO'] == METRICS_PATH:
-                body = self.metrics(environ, answer)
+                answer.body = self.metrics(environ, answer)
             else:
-                body = self.app(environ, answer.begin)
+                answer.body = self.app(environ, answer.begin)
         except Error as error:
-            body = answer.refuse(error)
-        return Counting(body, lambda sent: self.finish(environ, answer, began, sent))
+            answer.body = answer.refuse(error)
+        return answer
 
     def address(self, environ: dict) -> str:
         """Who asks, for limits and the log: the peer, or what a trusted proxy says last."""
@@ -21266,13 +21265,14 @@ class Gate:
             raise Forbidden('Metrics need the token of an admin. It may have the scope read.')
         self.reader = secret
 
-    def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
+    def finish(self, answer: Reply) -> None:
         """Counts a request that is answered, and writes its line."""
-        operation, took = self.operation(environ), time.monotonic() - began
+        environ, took = answer.environ, time.monotonic() - answer.began
+        operation = self.operation(environ)
         token, received = environ.get('cmres.token'), int(environ.get('CONTENT_LENGTH') or 0)
         METRICS.count('requests_total', operation=operation, status=f'{answer.status}')
         METRICS.observe('request_seconds', took, operation=operation)
-        rates, mib = self.service.shares.rates, (sent + received) / 2**20
+        rates, mib = self.service.shares.rates, (answer.sent + received) / 2**20
         rates.add('mib_per_address', environ['cmres.address'], mib)
         if token and token.role != ADMIN:
             rates.add('mib_per_user', f'{token.project}/{token.user}', mib)
@@ -21281,7 +21281,7 @@ class Gate:
                         address=environ['cmres.address'], user=token and token.user,
                         project=token and token.project, token=token and token.id,
                         method=environ['REQUEST_METHOD'][:16], operation=operation,
-                        status=answer.status, ms=round(1000 * took, 1), bytes=sent)
+                        status=answer.status, ms=round(1000 * took, 1), bytes=answer.sent)
 
     def operation(self, environ: dict) -> str:
         """What a request asked for: the name of an operation, else the rule of a page, else -."""
@@ -21301,10 +21301,12 @@ def refuse_malformed(environ: dict) -> None:
 
 
 class Reply:
-    """How one request is answered, as far as the gate has a say in it."""
+    """How one request is answered: a body that counts what is sent of it, and tells once that is
+    over."""
 
-    def __init__(self, environ: dict, start_response: Callable):
-        self.environ, self.start_response, self.status = environ, start_response, 0
+    def __init__(self, environ: dict, start_response: Callable, end: Callable[[Reply], None]):
+        self.environ, self.start_response, self.end = environ, start_response, end
+        self.began, self.status, self.body, self.sent = time.monotonic(), 0, [], 0
 
     def begin(self, status: str, headers: list, exc_info=None):
         """Begins an answer, with what has to be said beside it."""
@@ -21331,13 +21333,6 @@ class Reply:
             *headers.items(), ('Content-Length', f'{len(body)}')])
         return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
 
-
-class Counting:
-    """A body that tells how many bytes were sent of it, once it is closed."""
-
-    def __init__(self, body: Iterable[bytes], end: Callable[[int], None]):
-        self.body, self.end, self.sent = body, end, 0
-
     def __iter__(self) -> Iterator[bytes]:
         for each in self.body:
             self.sent += len(each)
@@ -21349,7 +21344,7 @@ class Counting:
     def close(self) -> None:
         with suppress(AttributeError):
             self.body.close()
-        self.end(self.sent)
+        self.end(self)
 
 
 def network_of(text: str) -> str:
