@@ -18278,6 +18278,9 @@ class Job:
     error: Exception | None = None
 
 
+MOST_ALONE = 100  # servers that one look asks for by their ids
+
+
 class Ahead(NamedTuple):
     """What is asked for before VMs start."""
     occurrence: int
@@ -18306,6 +18309,7 @@ class Workers:
         self.fence = threading.Lock()
         self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
+        self.asked_last: dict[str, str] = {}  # of each account the server that a look asked for
         self.pools: dict[str, futures.ThreadPoolExecutor] = {}
         self.deeds = {
             'boot': self.do_boot, 'snapshot': self.do_snapshot,
@@ -18405,11 +18409,17 @@ class Workers:
         """
         cloud = self.clouds.open(call.account)
         seen = [each for each in cloud.servers() if each.state not in GONE]
-        # the others' turn comes with the next
-        unseen = sorted(set(call.target) - {each.uid for each in seen})[:100]
+        unseen = self.next_of(call.account, set(call.target) - {each.uid for each in seen})
         found = {uid: cloud.server(uid) for uid in unseen}
         gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
         return seen + [found[uid] for uid in unseen if uid not in gone], gone
+
+    def next_of(self, account: str, unseen: set[str]) -> list[str]:
+        """Those that one look asks for alone: the next ones after those of the look before."""
+        order = sorted(unseen, key=lambda uid: (uid <= self.asked_last.get(account, ''), uid))
+        chosen = order[:MOST_ALONE]
+        self.asked_last[account] = chosen[-1] if chosen else ''
+        return chosen
 
     def do_ahead(self, call: Job) -> list[str]:
         """What would fail if something started now, each in a sentence."""

@@ -14359,6 +14359,18 @@ def test_a_machine_that_exists_is_started_and_stopped_and_never_deleted(world, o
     assert cmres.SimulatedServer.select().count() == 1
 
 
+def test_machines_that_exist_are_started_however_many_there_are(world, monkeypatch):
+    """One look asks for some of them alone, as a list of ours does not show them; the next for others."""
+    monkeypatch.setattr(cmres, 'MOST_ALONE', 2)
+    cloud, names = world.clouds.open('simulated'), [f'mine-{n}' for n in range(5)]
+    for name in names:
+        cloud.stop(cloud.boot(cmres.Machine(name, '', 'm1.tiny', 'cirros')))
+        world.service.add(f'of-{name}', 'demo', NOON + hours(1), NOON + hours(2), server=name)
+    for n in range(12):
+        world.at(1 + n / 100)
+    assert [world.state(f'of-{name}') for name in names] == ['active'] * 5
+
+
 def test_a_machine_that_exists_is_shown_by_its_own_name(world, owned):
     world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server=owned)
     names = []
