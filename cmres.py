@@ -18717,8 +18717,9 @@ class Planning:
         if any(each.state != 'kept' and each.occurrence_id != self.id for each in stopped):
             change(Occurrence, self.id, due=self.now + self.config.poll_changing)
             return
+        spare = [each for each in servers if each.n > wanted]
         self.plan_servers(missing, stopped)
-        self.let_go([each for each in servers if each.n > wanted])
+        self.let_go(spare)
         if self.over:
             self.force()
             self.end_foreign()
@@ -18726,7 +18727,7 @@ class Planning:
         elif self.release_unused():
             return
         if wanted:
-            self.tell_up()
+            self.tell_up(self.servers() if missing or spare else servers)
         self.announce()
         if may_run and not wanted:
             self.look_ahead()
@@ -18744,8 +18745,9 @@ class Planning:
 
     def plan_servers(self, missing: list[int], stopped: list) -> None:
         """Writes down the servers of some numbers: those first that a series has stopped before."""
-        place = 'kept', self.occurrence.resource_id, self.account
-        ours = [each for each in stopped if (each.state, each.resource_id, each.account) == place]
+        resource = self.occurrence.resource_id
+        ours = [each for each in stopped if each.state == 'kept'
+                and each.resource_id == resource and each.account == self.account]
         for n, before in itertools.zip_longest(missing, ours[:len(missing)]):
             self.plan_server(n, before)
         if ours:
@@ -18864,13 +18866,12 @@ class Planning:
         usual = 'delete' if self.config.delete_user_started else 'keep'
         return started_by_users(self.id), (self.occurrence.user_started or usual) == 'delete'
 
-    def tell_up(self) -> None:
+    def tell_up(self, servers: list) -> None:
         """Tells how many servers are up, if that was not told yet.
 
         That all are up is told at once the first time, and from the start on that some are not, if
         it is known why. Any other change is told when it has lasted for CALM.
         """
-        servers = self.servers()
         lacking = [each for each in servers if each.state != 'active']
         up = len(servers) - len(lacking)
         full = up >= self.occurrence.vms
@@ -19075,14 +19076,14 @@ class Dispatcher:
         servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
         due = [server for server in servers if server.cloud in self.leader.served
                and not self.workers.busy(('server', server.id))]
-        needs: list[tuple] = []
+        if not due:
+            return
         calls = *self.workers.flying.values(), *self.workers.hanging
         self.taken = Counter(each.account for each in calls)
-        if due:
-            waits: dict = {}
-            with self.leader.acting():
-                for server in due:
-                    needs += self.needs(server, waits, now)
+        needs, waits = [], {}
+        with self.leader.acting():
+            for server in due:
+                needs += self.needs(server, waits, now)
         looks = {(server.account, server.cloud) for verb, server in needs if verb == 'look'}
         for verb, server in needs:
             if verb != 'look':
@@ -19336,10 +19337,10 @@ class Reconciler:
 
     def __init__(self, workers: Workers, health: Health, post: Post, lender: Lender,
                  watch: HostWatch):
-        self.config, self.clouds, self.service = workers.config, workers.clouds, workers.service
+        self.config, self.service = workers.config, workers.service
         self.leader, self.workers, self.health = workers.leader, workers, health
         self.watch = watch
-        # Since when servers were seen to boot, by account.
+        # Since when servers were seen to boot, by account and mark.
         self.building: dict[str, dict] = defaultdict(dict)
         self.reported: set[str] = set()  # orphans that wait for an admin
         self.deeds = {
@@ -19505,8 +19506,8 @@ class Reconciler:
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
         """Forgets since when servers boot that boot no longer."""
         builds = {each.mark for each in seen.values() if each.state == 'build'}
-        self.building[account] = {each: since for each, since in self.building[account].items()
-                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
+        self.building[account] = {mark: since for mark, since in self.building[account].items()
+                                  if mark in builds}
 
     def compare(self, server, found: Seen | None, result: Job, now: float) -> list:
         """Records what a look at its cloud shows of a server, if anything; it, if it vanished."""
@@ -19595,9 +19596,8 @@ class Reconciler:
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
-        first = self.building[server.account].setdefault((server.id, server.tries),
-                                                         time.monotonic())
-        return time.monotonic() >= first + self.config.boot_timeout
+        now, builds = time.monotonic(), self.building[server.account]
+        return now >= builds.setdefault(self.workers.mark(server), now) + self.config.boot_timeout
 
     def record_missing(self, server, looked: float, now: float) -> list:
         """A server that the look didn't show: gone, never made, or too new; it, if it vanished."""
@@ -19643,12 +19643,8 @@ class Reconciler:
 
 
 class LifeCycle:
-    """Boots what has begun, ends what is over, and looks whether it is so.
-
-    Args:
-      clock: seconds since 1970, by a clock that people and programs may set
-      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
-    """
+    """Boots what has begun, ends what is over, and looks whether it is so, by the clocks that
+    `Clocks` takes."""
 
     def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
                  uptime: Callable[[], float] | None = None):
@@ -19776,14 +19772,12 @@ class LifeCycle:
             return deed(*what)
         except LostLease as error:
             log.warning('%s', error)
-        except (Unavailable, *STORE_ERRORS) as error:
-            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
-                log.exception('this run failed because of a mistake in cmres; the next one starts '
-                              'in a second')
-            else:
+        except Exception as error:  # the next pass may do better; people wait for machines
+            if refusal := error if isinstance(error, Unavailable) else trouble(error):
                 log.warning('waiting: %s', refusal)
-        except Exception:  # whatever it is, the next pass may do better; people wait for machines
-            log.exception('this run failed; the next one starts in a second')
+            else:
+                why = ' because of a mistake in cmres' if isinstance(error, STORE_ERRORS) else ''
+                log.exception('this run failed%s; the next one starts in a second', why)
         return 1
 
     def age(self) -> float:
@@ -19874,15 +19868,19 @@ class LifeCycle:
             run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS '
                 'INT4)))) WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
+        self.take_up(now, those)
+        self.health.breakers.clear()
+        self.clocks.latest = now
+
+    def take_up(self, now: float, clouds: str) -> None:
+        """Goes on with what was wound up by a clock that was ahead."""
         for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
                          'CROSS JOIN reservation r ON r.id = o.reservation_id CROSS JOIN '
                          'resource s ON s.id = o.resource_id WHERE o.due IS NULL AND o.cancelled '
-                         'IS NULL AND o."end" > ? AND s.cloud IN names(?)', now, those):
+                         'IS NULL AND o."end" > ? AND s.cloud IN names(?)', now, clouds):
             change(Occurrence, each.id, due=now, told=0, up_told=None)
             tell_of(self.config, now, 'clock',
                     'a wrong clock ended it too early; it continues', each)
-        self.health.breakers.clear()
-        self.clocks.latest = now
 
     def sweep(self) -> None:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
@@ -20439,8 +20437,9 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
         for verb, path, fixed in operation.routes:
             handle = handler(service, operation, fixed, visitor)
             app.route(rule(operation, path), verb, handle, name=operation.name)
+    feeds = WrittenFeeds(service)
     for path in FEEDS:
-        app.route(path, 'GET', feed_handler(service))
+        app.route(path, 'GET', feeds.answer)
 
     def document():
         who_asks(service, bottle.request, visitor)
@@ -20453,14 +20452,13 @@ def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
-    app.default_error_handler = told or (
-        lambda failure: error_text(failure, bottle.request, bottle.response))
+    app.default_error_handler = told or error_text
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route(METRICS_PATH, 'GET', lambda: refused(NotFound(
-        '`serve` counts, and only there are metrics')))
+    # a gate counts, and answers there in its place
+    app.route(METRICS_PATH, 'GET', lambda: refused(NotFound('only a server has metrics')))
     return app
 
 
@@ -20705,19 +20703,6 @@ class Once:
             *self.whose, self.mark)
 
 
-def feed_handler(service: Reservations) -> Callable:
-    """Answers calendar programs: nothing but a secret in the address tells who asks."""
-    written = WrittenFeeds(service)
-
-    def handle(secret: str, name: str = ''):
-        etag, text = written.current(secret)
-        same = etag in header(bottle.request, 'If-None-Match')
-        return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
-            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
-            'Cache-Control': 'private, no-cache'})
-    return handle
-
-
 class Written(NamedTuple):
     """A feed as it was written, with what tells whether it still holds."""
     newest: int | None = None  # the last event of the event log then
@@ -20737,6 +20722,14 @@ class WrittenFeeds:
         self.service, self.kept = service, {}
         self.lock = threading.Lock()
         self.places = threading.BoundedSemaphore(max(service.config.threads // 2, 1))
+
+    def answer(self, secret: str, name: str = ''):
+        """Answers calendar programs: nothing but a secret in the address tells who asks."""
+        etag, text = self.current(secret)
+        same = etag in header(bottle.request, 'If-None-Match')
+        return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
+            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
+            'Cache-Control': 'private, no-cache'})
 
     def current(self, secret: str) -> tuple[str, bytes]:
         """The ETag and the text of a feed as it is now."""
@@ -20959,30 +20952,31 @@ def error_body(error: Error) -> dict:
             'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
 
-def error_text(failure, request, response) -> str:
+def error_text(failure) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    status, error = failure.status_code, failure.body
+    request, status, error = bottle.request, failure.status_code, failure.body
     if status == 405:
-        error = wrong_verb(failure, request, response)
+        error = wrong_verb(failure)
     elif not isinstance(error, Error):
         error = (mistake(failure.exception, request) if status == 500 else
                  NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
                  if status == 404 else Invalid(str(error)))
     for name, value in (UNKEPT | (headers_of(error) if error else {})).items():
-        response.set_header(name, value)
+        bottle.response.set_header(name, value)
     return json_text(error_body(error)) if error else ''
 
 
-def wrong_verb(failure, request, response) -> Error | None:
+def wrong_verb(failure) -> Error | None:
     """What is said of the verbs of an address: to who asks for them, and to who took another."""
+    verb, response = bottle.request.method, bottle.response
     verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
     verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
     response.set_header('Allow', ', '.join(verbs))
-    if request.method == 'OPTIONS':
+    if verb == 'OPTIONS':
         response.status = 204
         return None
     use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
-    return Error(f'{request.method} is not possible at this address. Use {use}.')
+    return Error(f'{verb} is not possible at this address. Use {use}.')
 
 
 def request_name(environ: dict) -> str:
@@ -21217,12 +21211,14 @@ LIMITED_ELSEWHERE = (*(f'{each}_per_user' for each in STILL), 'notices_per_day',
 
 
 class Gate:
-    """The WSGI application before that of a service; `cycle` is the life cycle of this process."""
+    """What stands before the application of a service, and knows what is measured there; `cycle` is
+    the life cycle of this process."""
 
-    def __init__(self, app: Callable, service: Reservations, cycle: LifeCycle | None = None):
+    def __init__(self, app: bottle.Bottle, service: Reservations, cycle: LifeCycle | None = None):
         self.app, self.service = app, service
         self.store = StoreMetrics(service, cycle)
         self.reader = ''  # the hash of the token that has read metrics last
+        app.route(METRICS_PATH, 'GET', self.metrics, skip=[answering])
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         answer = Reply(environ, start_response, self.finish)
@@ -21232,11 +21228,7 @@ class Gate:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
             refuse_malformed(environ)
-            reads = environ['REQUEST_METHOD'] in ('GET', 'HEAD')
-            if reads and environ['PATH_INFO'] == METRICS_PATH:
-                answer.body = self.metrics(environ, answer)
-            else:
-                answer.body = self.app(environ, answer.begin)
+            answer.body = self.app(environ, answer.begin)
         except Error as error:
             answer.body = answer.refuse(error)
         return answer
@@ -21250,23 +21242,25 @@ class Gate:
         trusted = said and self.service.config.is_among('trusted_proxies', peer)
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
-    def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
-        """What Prometheus reads: NotFound if the operator wants none, else for an admin's token."""
-        allowed = self.service.config.metrics
+    def metrics(self):
+        """What Prometheus reads, if the operator wants that: for an admin's token or for all."""
+        try:
+            self.refuse_reader(self.service.config.metrics)
+        except Error as error:
+            return refused(error)
+        text = exposition(self.store.samples())
+        return sent(text, 200, UNKEPT | {'Content-Type': PROMETHEUS})
+
+    def refuse_reader(self, allowed: str) -> None:
+        """Refuses who may not read metrics; who could before, may while the store can't be read."""
         if allowed == 'off':
             raise NotFound('There are no metrics here. The setting `metrics` can allow them.')
-        if allowed != 'open':
-            self.refuse_reader(environ)
-        text = exposition(self.store.samples()).encode()
-        return answer.say(200, text, UNKEPT | {'Content-Type': PROMETHEUS})
-
-    def refuse_reader(self, environ: dict) -> None:
-        """Refuses who may not read metrics; who could before, may while the store can't be read."""
-        request = bottle.LocalRequest(environ)
-        secret = hashed(bearer(request))
+        if allowed == 'open':
+            return
+        secret = hashed(bearer(bottle.request))
         try:
             with db.connection_context():
-                asks = who_asks(self.service, request)
+                asks = who_asks(self.service, bottle.request)
         except (Unavailable, *STORE_ERRORS) as error:
             if secret != self.reader:
                 raise trouble(error) or error from None
@@ -21336,11 +21330,9 @@ class Reply:
 
     def refuse(self, error: Error) -> list[bytes]:
         body = json_text(error_body(error)).encode()
-        return self.say(error.status, body, UNKEPT | headers_of(error))
-
-    def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        self.begin(f'{status} {http_client.responses[status]}', [
-            *headers.items(), ('Content-Length', f'{len(body)}')])
+        headers = UNKEPT | headers_of(error) | {'Content-Length': f'{len(body)}'}
+        status = f'{error.status} {http_client.responses[error.status]}'
+        self.begin(status, [*headers.items()])
         return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
 
     def __iter__(self) -> Iterator[bytes]:
@@ -21352,8 +21344,7 @@ class Reply:
         return len(self.body)
 
     def close(self) -> None:
-        with suppress(AttributeError):
-            self.body.close()
+        getattr(self.body, 'close', lambda: None)()
         self.end(self)
 
 
@@ -27975,7 +27966,7 @@ def web(service: Reservations):
     pages = Pages(service)
 
     def told(failure):
-        request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
+        request, sentence = bottle.request, error_text(failure)
         for_people = 'text/html' in header(request, 'Accept')
         if sentence and request.path.startswith(BLAZAR):
             return json_text(in_blazars_words(json.loads(sentence), failure.status_code))

@@ -24531,6 +24531,7 @@ def test_an_unchanged_feed_is_not_made_again_and_of_a_changed_one_only_what_chan
     unchanged = fetch(app, path, '*', If_None_Match=answer.headers['ETag'])
     assert (answer.status_int, same.status_int, unchanged.status_int) == (200, 200, 304)
     assert same.body == answer.body and answer.body.count(b'BEGIN:VEVENT') == count == written()
+    assert fetch(app, f"{path.rpartition('/')[0]}.ics", '*').body == answer.body  # its other address
     assert len(made) == 1
     world.service.update('series-0', end=timedelta(minutes=10), occurrence=NOON + hours(1))
     new = fetch(app, path, '*', If_None_Match=answer.headers['ETag'])
