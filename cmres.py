@@ -17820,6 +17820,7 @@ ENDS_FROM = {'stop': ('active',), 'shelve': ('active', *DOWN[:3]),
 ARRIVED = {'starting': ('active',), 'stopping': ('shutoff', *DOWN[2:]), 'shelving': DOWN[3:]}
 # it is gone, or it stays as its owner wished and is no longer ours to watch
 FINAL = ('deleted', 'kept')
+UNSETTLED = f'state NOT IN {FINAL}'
 CALM = 60  # seconds that another number of servers must be up before it is told
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
@@ -18043,16 +18044,15 @@ class Clocks:
 
     def recall(self) -> None:
         """Recalls what the process that acted before thought of the clocks, and when."""
-        if found := row('SELECT value FROM fact WHERE name = ?', 'clocks'):
-            trust = Trust(*json.loads(found.value))
+        if found := fact('clocks'):
+            trust = Trust(*json.loads(found))
             self.trust = self.trust or trust
             self.latest = max(self.latest, trust.offset + trust.uptime)
 
     def judge(self, said: Trust | None = None) -> None:
         """Keeps what is thought of the clocks, and tells when that is another; in a transaction."""
         before, self.trust = self.trust, said or self.judged()[0]
-        run('INSERT INTO fact (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = '
-            'excluded.value', 'clocks', json.dumps(self.trust))
+        note_fact('clocks', json.dumps(self.trust))
         if self.trust.doubted == (before and before.doubted):
             return
         sentence = 'the clock of this computer is right again'
@@ -18165,21 +18165,27 @@ class Leadership:
         with transaction(first=True):
             now = self.clocks.clock()  # we may have been frozen; nobody else writes from here on
             self.bury(now)
-            free, until, there = self.free(now), now + lasts, now + self.ahead
-            held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
-                            there + lasts, self.name)
-            taken = {each for each in free
-                     if returned(TAKE, each, self.name, there + lasts, there)}
+            held, taken = self.take(now)
             if taken or not self.clocks.trust:
                 self.clocks.recall()
             self.clocks.judge()
             if taken:
-                run('DELETE FROM lease WHERE name = holder AND until < ?', there - 60 * lasts)
                 self.bound_calls(self.clocks.now(), taken)
                 inherit(self.clocks.now(), taken)
-        self.leased_until = until
+        self.leased_until = now + lasts
         self.held = (held | taken) - {self.name}
         return taken - {self.name}
+
+    def take(self, now: float) -> tuple[set[str], set[str]]:
+        """Renews the leases of this process and takes the free ones that it is to have; both."""
+        there, lasts = now + self.ahead, self.config.leader_timeout
+        free = self.free(now)
+        held = returned('UPDATE lease SET until = ? WHERE holder = ? RETURNING name',
+                        there + lasts, self.name)
+        taken = {each for each in free if returned(TAKE, each, self.name, there + lasts, there)}
+        if taken:
+            run('DELETE FROM lease WHERE name = holder AND until < ?', there - 60 * lasts)
+        return held, taken
 
     def free(self, now: float) -> list[str]:
         """Looks what this process has and how much too much; the free leases that it is to have."""
@@ -18250,6 +18256,11 @@ def leases(clouds: Clouds) -> list:
                 json.dumps([*clouds.names()]))
 
 
+def last_pass(found: list, now: float, config: Config) -> float:
+    """How long ago the first of some leases was renewed, as each pass does."""
+    return max(now - found[0].until + config.leader_timeout, 0)
+
+
 TAKE = """INSERT INTO lease (name, holder, until) VALUES (?1, ?2, ?3)
   ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
   WHERE lease.until <= ?4 OR lease.until > 2 * excluded.until - ?4 RETURNING name"""
@@ -18288,6 +18299,9 @@ class Job:
     error: Exception | None = None
 
 
+MOST_ALONE = 100  # servers that one look asks for by their ids
+
+
 class Ahead(NamedTuple):
     """What is asked for before VMs start."""
     occurrence: int
@@ -18297,13 +18311,18 @@ class Ahead(NamedTuple):
     homeless: int  # VMs without a host
 
 
+def lacking(left: Amount | None, needs: Amount) -> list[str]:
+    """What an amount lacks of another, each in words: what is left of what is needed."""
+    return [f'{quantity(name, there)} of {quantity(name, need)}'
+            for name, there, need in zip(FIGURES, left or (), needs) if there < need]
+
+
 class Workers:
     """The calls that are under way, in threads of their own."""
 
-    def __init__(self, config: Config, clouds: Clouds, service: Reservations, clocks: Clocks,
-                 leader: Leadership):
-        self.config, self.clouds, self.service = config, clouds, service
-        self.clocks, self.leader = clocks, leader
+    def __init__(self, service: Reservations, leader: Leadership):
+        self.config, self.clouds, self.service = service.config, service.clouds, service
+        self.clocks, self.leader = leader.clocks, leader
         self.wake = threading.Event()       # set when a call has ended
         self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
         self.hanging: set[Job] = set()      # calls that workers have although their time is over
@@ -18311,6 +18330,7 @@ class Workers:
         self.fence = threading.Lock()
         self.results: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.ended: list[Job] = []          # calls that ended, which is not on disk yet
+        self.asked_last: dict[str, str] = {}  # of each account the server that a look asked for
         self.pools: dict[str, futures.ThreadPoolExecutor] = {}
         self.deeds = {
             'boot': self.do_boot, 'snapshot': self.do_snapshot,
@@ -18396,10 +18416,11 @@ class Workers:
     def do_verb(self, call: Job) -> None:
         getattr(self.clouds.open(call.account), call.verb)(call.target.uid)
 
-    def do_snapshot(self, call: Job) -> tuple[str, str]:
+    def do_snapshot(self, call: Job) -> dict[str, str]:
         server = call.target
         name = f'{server.name}-{instant(server.end):%Y%m%dT%H%M%S}'
-        return name, self.clouds.open(call.account).snapshot(server.uid, name)
+        id = self.clouds.open(call.account).snapshot(server.uid, name)
+        return {'snapshot': name, 'snapshot_id': id}
 
     def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
         """The servers with our marks, and those of the known ones that are gone for sure.
@@ -18409,11 +18430,17 @@ class Workers:
         """
         cloud = self.clouds.open(call.account)
         seen = [each for each in cloud.servers() if each.state not in GONE]
-        # the others' turn comes with the next
-        unseen = sorted(set(call.target) - {each.uid for each in seen})[:100]
+        unseen = self.next_of(call.account, set(call.target) - {each.uid for each in seen})
         found = {uid: cloud.server(uid) for uid in unseen}
         gone = {uid for uid, each in found.items() if each is None or each.state in GONE}
         return seen + [found[uid] for uid in unseen if uid not in gone], gone
+
+    def next_of(self, account: str, unseen: set[str]) -> list[str]:
+        """Those that one look asks for alone: the next ones after those of the look before."""
+        order = sorted(unseen, key=lambda uid: (uid <= self.asked_last.get(account, ''), uid))
+        chosen = order[:MOST_ALONE]
+        self.asked_last[account] = chosen[-1] if chosen else ''
+        return chosen
 
     def do_ahead(self, call: Job) -> list[str]:
         """What would fail if something started now, each in a sentence."""
@@ -18429,11 +18456,7 @@ class Workers:
                 ask()
             except Invalid as error:
                 found.append(f'{error}'.rstrip('.'))
-        left = cloud.left() if about.needs != NOTHING else None
-        lacks = [f'{quantity(name, getattr(left, name))} of '
-                 f'{quantity(name, getattr(about.needs, name))}' for name in FIGURES
-                 if left and getattr(left, name) < getattr(about.needs, name)]
-        if lacks:
+        if about.needs != NOTHING and (lacks := lacking(cloud.left(), about.needs)):
             found.append(f"The quota of the cloud {call.account} leaves {', '.join(lacks)} that "
                          'are needed by then')
         if about.homeless:
@@ -18442,13 +18465,13 @@ class Workers:
 
     def do_notice(self, call: Job) -> None:
         notice, found = call.target, None
+        if notice.invites:
+            self.invite(notice)
+            return
         if (notice.occurrence or 0) > 0:
             found = next(iter(self.service.look.in_order([notice.occurrence])), None)
         elif notice.reservation_id:
             found = self.service.look.next_of(notice.reservation_id)
-        if notice.invites:
-            self.invite(notice)
-            return
         deliver(self.config, notice, public(found) if found else {})
 
     def invite(self, notice) -> None:
@@ -18493,13 +18516,15 @@ class Workers:
         hanging = Counter(call.account for call in self.hanging)
         return any(hanging[call.account] < self.config.workers for call in self.flying.values())
 
-    def forget(self) -> None:
-        """What ended is for the process to find out that acts now."""
+    def gather(self) -> list[Job]:
+        """The calls that ended, which is not on disk yet."""
         while not self.results.empty():
             self.ended.append(self.results.get())
-        self.forget_calls()
+        return self.ended
 
-    def forget_calls(self) -> None:
+    def forget(self) -> None:
+        """Forgets the calls that were gathered: what became of them is on disk, or is for another
+        process to find out."""
         for result in self.ended:
             self.hanging.discard(result)
             if self.flying.get(result.key) is result:
@@ -18541,6 +18566,8 @@ class Health:
         if not (isinstance(error, CloudError) and error.ill):
             if not isinstance(error, LostLease) and result.ended > before.until:
                 self.breakers[result.account] = Breaker()
+                if before.failures >= TRIPS:
+                    log.warning('cloud %s works again', result.account)
             return
         # Calls that fail side by side are one failure: they met the same moment.
         failures = before.failures + (result.began > before.last)
@@ -18548,20 +18575,16 @@ class Health:
         until = now + max(pause, wished_pause(error))
         self.breakers[result.account] = Breaker(
             failures, max(before.last, result.ended), max(before.until, until), str(error))
-
-    def tell(self, account: str, before: Breaker, after: Breaker) -> None:
-        if before.failures < TRIPS <= after.failures:
-            log.warning('cloud %s: several errors in a '
-                        'row. cmres waits before it asks again', account)
-        if after.failures < TRIPS <= before.failures:
-            log.warning('cloud %s works again', account)
+        if before.failures < TRIPS <= failures:
+            log.warning('cloud %s: several errors in a row. cmres waits before it asks again',
+                        result.account)
 
 
 class Post:
     """Which notices go out, and what becomes of them."""
 
-    def __init__(self, config: Config, workers: Workers, health: Health):
-        self.config, self.workers, self.health = config, workers, health
+    def __init__(self, workers: Workers, health: Health):
+        self.config, self.workers, self.health = workers.config, workers, health
         self.calm_until = 0.0  # until when notices that have to wait for others are left alone
 
     def next_notices(self, now: float) -> list:
@@ -18571,30 +18594,27 @@ class Post:
         of the workers and mail half of them: silent hosts of some delay nobody else's notices.
         """
         under_way = [key for key in self.workers.flying if key[0] == 'notice']
-        if len(under_way) >= self.config.workers:
+        most = self.config.workers - len(under_way)
+        if most <= 0 or now < self.calm_until:  # nothing has changed for those that had to wait
             return []
         owners = Counter(key[2] for key in under_way)
         hosts = Counter(host_of(key[1]) for key in under_way)
-        if now < self.calm_until:  # nothing has changed for those that had to wait
-            return []
         _, is_aside = not_real_yet()
         heads = [each for each in those_due('notice', NOTICES, now, 'ORDER BY n.id')
                  if not is_aside(each.event)]
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
         chosen: list = []
-        while queues and len(under_way) + len(chosen) < self.config.workers:
+        while queues and len(chosen) < most:
             owner = min(queues, key=owners.__getitem__)
             full = owners[owner] >= max(self.config.workers // 4, 1)
             may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
             notice = next(may_go, None)
             if notice is None:
                 del queues[owner]
-                continue
-            if notice.invites and self.is_invited_enough(notice, now):
-                continue
-            chosen.append(notice)
-            owners[owner] += 1
-            hosts[host_of(notice.target)] += 1
+            elif not (notice.invites and self.is_invited_enough(notice, now)):
+                chosen.append(notice)
+                owners[owner] += 1
+                hosts[host_of(notice.target)] += 1
         self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
         return chosen
 
@@ -18667,317 +18687,292 @@ MOST_PLANNED = 50  # in one transaction
 class Planner:
     """Plans occurrences."""
 
-    def __init__(self, config: Config, clouds: Clouds, service: Reservations, leader: Leadership,
-                 workers: Workers):
-        self.config, self.clouds, self.service = config, clouds, service
-        self.leader, self.workers = leader, workers
-        self.goes_on = False  # whether there may be more to plan
+    def __init__(self, workers: Workers):
+        self.workers, self.leader = workers, workers.leader
 
-    def plan(self, now: float) -> None:
-        """Writes down the servers that occurrences want now, and gives up those they don't."""
+    def plan(self, now: float) -> bool:
+        """Writes down the servers that occurrences want now, and gives up those they don't; whether
+        there may be more to plan."""
         due = ('SELECT o.*, r.label, r.image, r.server, r.at_end, r.notify, r.changed, r.project, '
                's.cloud, s.user_started, r.waiting IS NOT NULL OR r.pending IS NOT NULL AS idle, '
                's.no_show, s.mode FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                'JOIN resource s ON s.id = o.resource_id')
         there = ('AND s.cloud IN names(?) ORDER BY +o.start DESC LIMIT ?',  # + for the index of due
                  json.dumps([*self.leader.served]))
-        if those_due('occurrence', 'SELECT o.id FROM occurrence o CROSS JOIN resource s '
-                     'ON s.id = o.resource_id', now, *there, 1):
-            with self.leader.acting():
-                is_aside, _ = not_real_yet()
-                found = [each for each in those_due('occurrence', due, now, *there, 1000)
-                         if not is_aside(each.reservation_id)][:MOST_PLANNED]
-                for occurrence in found:
-                    self.plan_one(occurrence, now)
-            self.goes_on = len(found) == MOST_PLANNED
+        if not those_due('occurrence', 'SELECT o.id FROM occurrence o CROSS JOIN resource s '
+                         'ON s.id = o.resource_id', now, *there, 1):
+            return False
+        with self.leader.acting():
+            is_aside, _ = not_real_yet()
+            found = [each for each in those_due('occurrence', due, now, *there, 1000)
+                     if not is_aside(each.reservation_id)][:MOST_PLANNED]
+            for occurrence in found:
+                Planning(self.workers, occurrence, now).plan()
+        return len(found) == MOST_PLANNED
 
-    def plan_one(self, occurrence, now: float) -> None:
-        """Plans one occurrence: its servers first, then what is told of it."""
-        over = occurrence.cancelled is not None or now >= occurrence.end
-        servers = rows("SELECT id, n, name, state, ready, borrowed, uid FROM server "
-                       "WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
+
+class Planning:
+    """One occurrence at an instant: what it wants, and what is told of it."""
+
+    def __init__(self, workers: Workers, occurrence, now: float):
+        self.config, self.clouds = workers.config, workers.clouds
+        self.service, self.workers = workers.service, workers
+        self.occurrence, self.id, self.now = occurrence, occurrence.id, now
+        self.told = occurrence.told
+        self.up_told, self.up_check = occurrence.up_told, occurrence.up_check
+        self.over = occurrence.cancelled is not None or now >= occurrence.end
+        self.ended = self.over and occurrence.cancelled is None
+        self.boots = bool(occurrence.image or occurrence.server)
+        # Who asked, or was let in, after the start has the time of a start from then on.
+        self.asked = max(occurrence.start, occurrence.changed)
+
+    def plan(self) -> None:
+        """Plans its servers first, then what is told of it."""
+        servers = self.servers()
+        may_run = self.boots and not self.over and not self.occurrence.idle
         # Machines that are there stay, also where the clock was set back to before their start.
-        runs = (occurrence.image or occurrence.server) and not over and not occurrence.idle and (
-            servers or now >= occurrence.held_from)
-        wanted = occurrence.vms if runs else 0
+        runs = may_run and (servers or self.now >= self.occurrence.held_from)
+        wanted = self.occurrence.vms if runs else 0
         missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
-        if missing and self.still_stopping(occurrence):  # a series starts those again
-            change(Occurrence, occurrence.id, due=now + self.config.poll_changing)
+        stopped = self.stopped_before() if missing else []
+        if any(each.state != 'kept' and each.occurrence_id != self.id for each in stopped):
+            change(Occurrence, self.id, due=self.now + self.config.poll_changing)
             return
-        self.plan_servers(occurrence, missing, now)
-        self.let_go(occurrence, [each for each in servers if each.n > wanted], over, now)
-        if over:
-            occurrence = self.wind_up(occurrence, now)
-        elif self.release_unused(occurrence, now):
+        spare = [each for each in servers if each.n > wanted]
+        self.plan_servers(missing, stopped)
+        self.let_go(spare)
+        if self.over:
+            self.force()
+            self.end_foreign()
+            self.tell_left()
+        elif self.release_unused():
             return
         if wanted:
-            occurrence = self.tell_up(occurrence, now)
-        told = self.announce(occurrence, over, now)
-        if not wanted and self.is_near(occurrence, over, now):
-            told |= self.look_ahead(occurrence, now)
-        due = self.next_look(occurrence, over, now)
-        # `next_look` may have told that it failed.
-        run('UPDATE occurrence SET told = told & ? | ?, up_told = ?, up_check = ?, due = ? WHERE '
-            'id = ?', FAILED, told, occurrence.up_told, occurrence.up_check, due, occurrence.id)
+            self.tell_up(self.servers() if missing or spare else servers)
+        self.announce()
+        if may_run and not wanted:
+            self.look_ahead()
+        due = self.next_look()
+        run('UPDATE occurrence SET told = ?, up_told = ?, up_check = ?, due = ? WHERE id = ?',
+            self.told, self.up_told, self.up_check, due, self.id)
 
-    def plan_servers(self, occurrence, missing: list[int], now: float) -> None:
+    def tell(self, code: str, sentence: str) -> None:
+        tell_of(self.config, self.now, code, sentence, self.occurrence)
+
+    def servers(self) -> list:
+        """The servers that it wanted last, as far as they are not gone for good."""
+        return rows("SELECT id, n, name, state, fault, ready, addresses, borrowed, uid FROM server "
+                    f"WHERE occurrence_id = ? AND goal = 'up' AND {UNSETTLED} ORDER BY n", self.id)
+
+    def plan_servers(self, missing: list[int], stopped: list) -> None:
         """Writes down the servers of some numbers: those first that a series has stopped before."""
-        stopped = self.stopped_before(occurrence) if missing else []
-        for n, before in itertools.zip_longest(missing, stopped[:len(missing)]):
-            self.plan_server(occurrence, n, now, before)
-        if stopped:
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+        resource = self.occurrence.resource_id
+        ours = [each for each in stopped if each.state == 'kept'
+                and each.resource_id == resource and each.account == self.account]
+        for n, before in itertools.zip_longest(missing, ours[:len(missing)]):
+            self.plan_server(n, before)
+        if ours:
+            self.service.bookings.count_stopped(self.occurrence.reservation_id, self.now)
 
-    def let_go(self, occurrence, servers: list, over: bool, now: float) -> None:
+    def let_go(self, servers: list) -> None:
         """Gives up servers that are wanted no longer."""
         for server in servers:
-            if server.borrowed and self.handed_on(occurrence, now):
+            if server.borrowed and self.handed_on():
                 change(Server, server.id, goal='up', state='kept', due=None)
             else:
-                change(Server, server.id, goal=self.goal_after(occurrence, server, over), due=now)
-        self.tell_in_error(occurrence, servers, over, now)
+                change(Server, server.id, goal=self.goal_after(server), due=self.now)
+        self.tell_in_error(servers)
 
-    def wind_up(self, occurrence, now: float):
-        """What is to be done and told once it is over; the occurrence with what was told."""
-        if now >= occurrence.end + self.config.end_grace:
-            self.force(occurrence, now)
-        told = occurrence.told
-        self.end_foreign(occurrence, now)
-        if not told & LEFT:
-            told |= self.tell_left(occurrence, now)
-        return occurrence._replace(told=told | FOREIGN)
+    @functools.cached_property
+    def account(self) -> str:
+        """The account on which its servers are."""
+        at = self.occurrence
+        return self.clouds.account(at.cloud, at.project, at.of_user)
 
-    def plan_server(self, occurrence, n: int, now: float, before=None) -> None:
+    def plan_server(self, n: int, before=None) -> None:
         """Writes down a server that is wanted: a new one, one there was, or a series' `before`."""
-        borrowed = bool(occurrence.server)
-        number = f'-{occurrence.id}-{n}'
+        at = self.occurrence
         # One that was there has a name of its own, which the first look tells.
-        values = dict(name=occurrence.server or server_name(occurrence.label, number),
-                      uid=occurrence.server or None, tries=0,
-                      state='unknown' if borrowed else 'planned', begun=None,
-                      account=self.clouds.account(occurrence.cloud, occurrence.project,
-                                                  occurrence.of_user))
+        values = dict(name=at.server or server_name(at.label, f'-{self.id}-{n}'),
+                      uid=at.server or None, tries=0, begun=None, account=self.account,
+                      state='unknown' if at.server else 'planned')
         if before:
             # from now on it is the new row's
-            change(Server, before.id, state='deleted', deleted=now)
+            change(Server, before.id, state='deleted', deleted=self.now)
             run('UPDATE claim SET occurrence = ? WHERE resource_id = ? AND server = ?',
-                occurrence.id, occurrence.resource_id, before.uid)
-            values = dict(name=before.name, uid=before.uid, tries=1, state=DOWN[0], begun=now,
-                          account=before.account)
-        insert(Server, id=next_server(), occurrence=occurrence.id, n=n, goal='up',
-               borrowed=borrowed,
-               failures=0, addresses='[]', snapshot='', snapshot_id='', fault='', due=now,
-               # What was asked for after the start can't be ready at the start.
-               planned=max(occurrence.start, occurrence.changed), **values)
+                self.id, at.resource_id, before.uid)
+            values = dict(name=before.name, uid=before.uid, tries=1, begun=self.now,
+                          account=before.account, state=DOWN[0])
+        # What was asked for after the start can't be ready at the start.
+        insert(Server, id=next_server(), occurrence=self.id, n=n, goal='up',
+               borrowed=bool(at.server), failures=0, addresses='[]', snapshot='', snapshot_id='',
+               fault='', due=self.now, planned=self.asked, **values)
 
-    def still_stopping(self, occurrence) -> bool:
-        """Whether VMs of an earlier occurrence of the series are still being stopped or shelved."""
-        return bool(row("SELECT v.id FROM occurrence o JOIN server v ON v.occurrence_id = o.id "
-                        "WHERE o.reservation_id = ? AND o.id <> ? AND v.goal IN ('stop', 'shelve') "
-                        "AND NOT v.borrowed AND v.state NOT IN ('deleted', 'kept') LIMIT 1",
-                        occurrence.reservation_id, occurrence.id))
+    def stopped_before(self) -> list:
+        """The VMs that its series stops or shelves, or has; it starts these again."""
+        return rows('SELECT v.*, o.resource_id FROM occurrence o JOIN server v '
+                    'ON v.occurrence_id = o.id WHERE o.reservation_id = ? AND NOT v.borrowed '
+                    "AND v.goal IN ('stop', 'shelve') AND v.state <> 'deleted' ORDER BY v.n, v.id",
+                    self.occurrence.reservation_id)
 
-    def stopped_before(self, occurrence) -> list:
-        """The VMs that a series has stopped or shelved before, on the same account."""
-        account = self.clouds.account(occurrence.cloud, occurrence.project, occurrence.of_user)
-        return rows('SELECT v.id, v.uid, v.name, v.account FROM occurrence o JOIN server v ON '
-                    'v.occurrence_id = o.id WHERE o.reservation_id = ? AND o.resource_id = ? AND '
-                    "v.state = 'kept' AND NOT v.borrowed AND v.goal IN ('stop', 'shelve') AND "
-                    'v.account = ? ORDER BY v.n, v.id',
-                    occurrence.reservation_id, occurrence.resource_id, account)
-
-    def goal_after(self, occurrence, server, over: bool) -> str:
+    def goal_after(self, server) -> str:
         """What becomes of a server that was wanted; one that never was up is not worth keeping."""
-        if server.borrowed:
-            return occurrence.at_end
-        asked = (over and occurrence.cancelled is None and server.ready
-                 and server.state not in ('error', 'deleting'))
-        return occurrence.at_end if asked else 'delete'
+        asked = self.ended and server.ready and server.state not in ('error', 'deleting')
+        return self.occurrence.at_end if server.borrowed or asked else 'delete'
 
-    def tell_in_error(self, occurrence, servers: list, over: bool, now: float) -> None:
+    def tell_in_error(self, servers: list) -> None:
         """Tells of servers that were up once and are in error at the end: nothing can be done."""
+        at_end = self.occurrence.at_end
         lost = [each for each in servers
                 if each.state == 'error' and each.ready and not each.borrowed]
-        if lost and over and occurrence.cancelled is None and occurrence.at_end != 'delete':
-            tell_of(self.config, now, 'forced', 'these VMs are in error, so cmres could not do '
-                                                f'the agreed {occurrence.at_end} and deletes '
-                                                f'them: {named(lost)}', occurrence)
+        if lost and self.ended and at_end != 'delete':
+            self.tell('forced', f'these VMs are in error, so cmres could not do the agreed {at_end} '
+                                f'and deletes them: {named(lost)}')
 
-    def handed_on(self, occurrence, now: float) -> bool:
+    def handed_on(self) -> bool:
         """Whether the next reservation of the same machine has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
                         "o.reservation_id WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND "
                         'o.cancelled IS NULL AND o.due IS NOT NULL AND o.held_from <= ? AND '
-                        'o."end" > ?', occurrence.server, occurrence.id,
-                        now, now))
+                        'o."end" > ?', self.occurrence.server, self.id, self.now, self.now))
 
-    def force(self, occurrence, now: float) -> None:
+    def force(self) -> None:
         """Deletes in the end what could not be stopped, shelved or saved: others need its place."""
-        late = rows("SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
-                    "NOT borrowed AND state NOT IN ('deleted', 'kept')", occurrence.id)
+        late = () if self.now < self.occurrence.end + self.config.end_grace else rows(
+            "SELECT id, name FROM server WHERE occurrence_id = ? AND goal <> 'delete' AND "
+            f'NOT borrowed AND {UNSETTLED}', self.id)
         for server in late:  # an image that is not complete by now never will be
-            change(Server, server.id, goal='delete', state='active', snapshot='', due=now)
+            change(Server, server.id, goal='delete', state='active', snapshot='', due=self.now)
         if late:
-            tell_of(self.config, now, 'forced', f'cmres could not {occurrence.at_end} these VMs '
-                                                f'within {format_duration(self.config.end_grace)} '
-                                                'after the '
-                                                f'end and deletes them: {named(late)}', occurrence)
+            grace = format_duration(self.config.end_grace)
+            self.tell('forced', f'cmres could not {self.occurrence.at_end} these VMs within {grace} '
+                                f'after the end and deletes them: {named(late)}')
 
-    def release_unused(self, occurrence, now: float) -> bool:
+    def release_unused(self) -> bool:
         """Warns of, and then releases, one on which nobody has booted anything; whether it did."""
-        boots = occurrence.image or occurrence.server or occurrence.idle
-        if not occurrence.no_show or not occurrence.mode or boots or row(
-                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', occurrence.id):
+        at = self.occurrence
+        if not at.no_show or not at.mode or self.boots or at.idle or row(
+                'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', self.id):
             return False
-        begun = max(occurrence.start, occurrence.changed)  # who was let in late has as long
-        if now >= begun + occurrence.no_show:
-            found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now, 'nobody started a VM in it within '
-                                f'{format_duration(occurrence.no_show)}')
+        until = self.asked + at.no_show
+        if self.now >= until:
+            self.cancel(f'nobody started a VM in it within {format_duration(at.no_show)}')
             return True
-        if now >= begun + occurrence.no_show // 2 and not occurrence.told & UNUSED:
-            until = self.config.told_time(begun + occurrence.no_show)
-            tell_of(self.config, now, 'unused', 'nobody has started a VM in it; cmres cancels it '
-                                                f'at {until} if it stays unused', occurrence)
-            change(Occurrence, occurrence.id, told=occurrence.told | UNUSED,
-                   due=begun + occurrence.no_show)
-            return True
+        if until - at.no_show + at.no_show // 2 <= self.now and until < at.end and (
+                not self.told & UNUSED):
+            self.told |= UNUSED
+            self.tell('unused', 'nobody has started a VM in it; cmres cancels it at '
+                                f'{self.config.told_time(until)} if it stays unused')
         return False
 
-    def end_foreign(self, occurrence, now: float) -> None:
+    def cancel(self, why: str) -> None:
+        found = self.service.look.occurrence(self.id)
+        self.service.admission.cancel([found], self.now, why)
+
+    def end_foreign(self) -> None:
         """Reports machines that people booted by themselves on what is over now; deletes them if
         that is set, again and again until they are gone."""
-        foreign, ends = self.foreign(occurrence)
-        if foreign and not occurrence.told & FOREIGN:
-            tell_of(self.config, now, 'foreign', self.what_becomes(foreign, ends), occurrence)
+        (foreign, ends), cloud = self.foreign(), self.occurrence.cloud
+        if foreign and not self.told & FOREIGN:
+            self.tell('foreign', what_becomes(foreign, ends))
+        self.told |= FOREIGN
         for each in foreign if ends else ():
-            self.workers.submit(('clear', each), 'clear', occurrence.cloud, each, occurrence.cloud)
+            self.workers.submit(('clear', each), 'clear', cloud, each, cloud)
         if foreign and ends:
             run('UPDATE claim SET due = min(due, ?) WHERE occurrence = ? AND due IS NOT NULL',
-                now + self.config.poll_changing, occurrence.id)
+                self.now + self.config.poll_changing, self.id)
 
-    def foreign(self, occurrence) -> tuple[list[str], bool]:
-        """The VMs that people booted in an occurrence by themselves, and whether they end with it.
-        """
-        said = occurrence.user_started or ('delete' if self.config.delete_user_started else 'keep')
-        return started_by_users(occurrence.id), said == 'delete'
+    def foreign(self) -> tuple[list[str], bool]:
+        """The VMs that people booted in it by themselves, and whether they end with it."""
+        usual = 'delete' if self.config.delete_user_started else 'keep'
+        return started_by_users(self.id), (self.occurrence.user_started or usual) == 'delete'
 
-    def what_becomes(self, foreign: list[str], ends: bool) -> str:
-        one = len(foreign) == 1
-        deletes, stays = ('is deleted', 'goes on') if one else ('are deleted', 'go on')
-        return (f"{counted(len(foreign), 'VM')} that users started themselves "
-                f"{deletes if ends else stays}: {', '.join(foreign)}")
-
-    def tell_up(self, occurrence, now: float):
-        """Tells how many servers are up, if that was not told yet; the occurrence with what was.
+    def tell_up(self, servers: list) -> None:
+        """Tells how many servers are up, if that was not told yet.
 
         That all are up is told at once the first time, and from the start on that some are not, if
         it is known why. Any other change is told when it has lasted for CALM.
         """
-        servers = rows('SELECT name, state, fault, ready, addresses, borrowed FROM server '
-                       "WHERE occurrence_id = ? AND goal = 'up' "
-                       "AND state NOT IN ('deleted', 'kept') ORDER BY n", occurrence.id)
         lacking = [each for each in servers if each.state != 'active']
         up = len(servers) - len(lacking)
-        full = up >= occurrence.vms
-        if self.up_is_told(occurrence, up, full) or not full and now < occurrence.start:
-            return occurrence._replace(up_check=None)
-        reason = any(each.fault or self.by_hand(each) for each in lacking)
-        first = not occurrence.told & (READY if full else READY | SHORT) and (full or reason)
-        check = now if first else occurrence.up_check or now + CALM
-        if check > now:
-            return occurrence._replace(up_check=check)
+        full = up >= self.occurrence.vms
+        if self.up_is_told(up, full) or not full and self.now < self.occurrence.start:
+            self.up_check = None
+            return
+        reason = any(each.fault or is_by_hand(each) for each in lacking)
+        first = not self.told & (READY if full else READY | SHORT) and (full or reason)
+        self.up_check = self.now if first else self.up_check or self.now + CALM
+        if self.up_check > self.now:
+            return
+        self.up_told, self.up_check = up, None
         if full:
-            self.tell_ready(occurrence, servers, now)
+            self.tell_ready(servers)
         else:
-            code = 'stopped' if any(map(self.by_hand, lacking)) else 'trouble'
-            tell_of(self.config, now, code, f'{up} of {occurrence.vms} VMs are running; '
-                                            f'{self.why_not_up(lacking)}', occurrence)
-        told = occurrence.told & ~SHORT | READY if full else occurrence.told | SHORT
-        return occurrence._replace(up_told=up, up_check=None, told=told)
+            self.tell_short(up, lacking)
 
-    def up_is_told(self, occurrence, up: int, full: bool) -> bool:
+    def up_is_told(self, up: int, full: bool) -> bool:
         """Whether what was told last is that so many servers are up."""
-        if occurrence.up_told is None:
+        if self.up_told is None or bool(self.told & SHORT) == full:
             return False
-        short = bool(occurrence.told & SHORT)
-        return not short and occurrence.up_told >= occurrence.vms if full else (
-            short and occurrence.up_told == up)
+        return self.up_told >= self.occurrence.vms if full else self.up_told == up
 
-    def tell_ready(self, occurrence, servers: list, now: float) -> None:
-        late = format_duration(max(max(each.ready for each in servers) - occurrence.start, 0))
-        when = ' again' if occurrence.told & READY else f', {late} after the start'
+    def tell_ready(self, servers: list) -> None:
+        last = max(each.ready for each in servers)
+        late = format_duration(max(last - self.occurrence.start, 0))
+        when = ' again' if self.told & READY else f', {late} after the start'
         there = ', '.join(f"{each.name} {' '.join(json.loads(each.addresses))}" for each in servers)
-        tell_of(self.config, now, 'ready', f"all {counted(len(servers), 'VM')} are running{when}: "
-                                           f'{there}', occurrence)
+        self.tell('ready', f"all {counted(len(servers), 'VM')} are running{when}: {there}")
+        self.told = self.told & ~SHORT | READY
 
-    def by_hand(self, server) -> bool:
-        """Whether somebody has put a server to rest; what was so before, we start ourselves."""
-        return server.state in WAKES and bool(server.ready) and not server.borrowed
+    def tell_short(self, up: int, lacking: list) -> None:
+        code = 'stopped' if any(map(is_by_hand, lacking)) else 'trouble'
+        self.tell(code, f'{up} of {self.occurrence.vms} VMs are running; {why_not_up(lacking)}')
+        self.told |= SHORT
 
-    def why_not_up(self, servers: list) -> str:
-        """The reasons for which servers are not up, each with those that it concerns."""
-        reasons: dict = defaultdict(list)
-        for each in servers:
-            stopped = self.by_hand(each) and (
-                f'{each.state}; somebody stopped them, so cmres does not start them: openstack '
-                f'server {WAKES[each.state]} NAME')
-            fault = each.fault.rstrip('.') or 'the cloud is still starting them'
-            reasons[stopped or fault].append(each)
-        return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
-
-    def tell_left(self, occurrence, now: float) -> int:
-        """Tells what has become of servers that were to stay or to be saved; LEFT once it has."""
-        left = rows('SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
-                    "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n",
-                    occurrence.id)
+    def tell_left(self) -> None:
+        """Tells, once, what has become of servers that were to stay or to be saved."""
+        left = () if self.told & LEFT else rows(
+            'SELECT name, goal, state, snapshot FROM server WHERE occurrence_id = ? '
+            "AND (goal IN ('stop', 'shelve', 'snapshot') OR snapshot <> '') ORDER BY n", self.id)
         if any(each.state not in FINAL and each.goal != 'delete' for each in left):
-            return 0
+            return
+        self.told |= LEFT
         saved = ', '.join(f'{each.name} as {each.snapshot}' for each in left if each.snapshot)
         if saved:
-            tell_of(self.config, now, 'snapshot', f'saved: {saved}', occurrence)
+            self.tell('snapshot', f'saved: {saved}')
         for stay in grouped([each for each in left if each.state == 'kept'], 'goal'):
             how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
-            tell_of(self.config, now, 'stopped', f'{how} and not deleted: {named(stay)}',
-                    occurrence)
-        return LEFT
+            self.tell('stopped', f'{how} and not deleted: {named(stay)}')
 
-    def announce(self, occurrence, over: bool, now: float) -> int:
-        """Tells of a start or an end that comes soon, once; what was told so far."""
-        soon, ending = self.notice_times(occurrence)
-        if not over and not occurrence.told & SOON and soon <= now < occurrence.start:
-            tell_of(self.config, now, 'soon',
-                    f'starts in {format_duration(occurrence.start - now)}', occurrence)
-            return occurrence.told | SOON
-        if not over and not occurrence.told & ENDING and ending <= now:
-            foreign, ends = self.foreign(occurrence)
-            also = f'; then {self.what_becomes(foreign, ends)}' if foreign else ''
-            tell_of(self.config, now, 'ending', f'ends in {format_duration(occurrence.end - now)}'
-                                                f'{also}', occurrence)
-            return occurrence.told | ENDING
-        return occurrence.told
+    def announce(self) -> None:
+        """Tells of a start or an end that comes soon, once."""
+        start, end = self.occurrence.start, self.occurrence.end
+        soon, ending = self.notice_times()
+        if self.over:
+            return
+        if soon <= self.now < start and not self.told & SOON:
+            self.told |= SOON
+            self.tell('soon', f'starts in {format_duration(start - self.now)}')
+        if ending <= self.now and not self.told & ENDING:
+            self.told |= ENDING
+            foreign, ends = self.foreign()
+            also = f'; then {what_becomes(foreign, ends)}' if foreign else ''
+            self.tell('ending', f'ends in {format_duration(end - self.now)}{also}')
 
-    def is_near(self, occurrence, over: bool, now: float) -> bool:
-        """Whether it is time to ask its cloud for what its VMs will need."""
-        boots = (occurrence.image or occurrence.server) and not over and not occurrence.idle
-        return bool(boots) and not occurrence.told & AHEAD and (
-            now >= occurrence.held_from - self.config.check_ahead)
+    def look_ahead(self) -> None:
+        """Lets its cloud be asked, once, whether what starts soon could start."""
+        at = self.occurrence
+        if self.told & AHEAD or self.now < at.held_from - self.config.check_ahead:
+            return
+        self.told |= AHEAD
+        about = row('SELECT * FROM reservation WHERE id = ?', at.reservation_id)
+        sight = self.clouds.sight(self.account, at.project, json.loads(about.trusted))
+        needs = NOTHING if at.server else self.needed_at(at.held_from)
+        asked = Ahead(self.id, made_in(about), sight, needs, self.homeless())
+        self.workers.submit(('ahead', self.id), 'ahead', self.account, asked, at.cloud)
 
-    def look_ahead(self, occurrence, now: float) -> int:
-        """Lets a cloud be asked whether what starts soon could start; AHEAD."""
-        about = row('SELECT r.*, o.of_user, s.cloud FROM occurrence o '
-                    'JOIN reservation r ON r.id = o.reservation_id '
-                    'JOIN resource s ON s.id = o.resource_id WHERE o.id = ?', occurrence.id)
-        account = self.clouds.account(about.cloud, about.project, about.of_user)
-        sight = self.clouds.sight(account, about.project, json.loads(about.trusted))
-        needs = NOTHING if about.server else self.needed_at(occurrence.held_from, account, now)
-        asked = Ahead(occurrence.id, made_in(about), sight, needs, self.homeless(occurrence))
-        self.workers.submit(('ahead', asked.occurrence), 'ahead', account, asked, about.cloud)
-        return AHEAD
-
-    def needed_at(self, at: int, account: str, now: float) -> Amount:
-        """What an account must be allowed besides what it has, for all that is up at an instant.
+    def needed_at(self, at: int) -> Amount:
+        """What its account must be allowed besides what it has, for all that is up at an instant.
         """
         found = rows(f"""
             SELECT o.*, r.project, s.cloud,
@@ -18987,64 +18982,86 @@ class Planner:
               JOIN reservation r ON r.id = o.reservation_id
              WHERE s.cloud = ? AND o.due IS NOT NULL AND o.start <= ? + {LONGEST_LEAD}
                AND o.held_from <= ? AND o.held_until > ? AND r.image <> ''""",
-                     cloud_of(account), at, at, now)
+                     self.occurrence.cloud, at, at, self.now)
         total = NOTHING
         for each in found:
-            if self.clouds.account(each.cloud, each.project, each.of_user) == account:
+            if self.clouds.account(each.cloud, each.project, each.of_user) == self.account:
                 wanted = each.vms if each.held_until > at else 0
                 total += amount_of(each) // each.vms * (wanted - each.up)
         return total
 
-    def homeless(self, occurrence) -> int:
+    def homeless(self) -> int:
         """For how many of its VMs no host is planned, where hosts are planned."""
-        takes = occurrence.vcpus or occurrence.ram or occurrence.classes
-        if not takes or not planned_by_host(occurrence.resource_id):
+        at = self.occurrence
+        takes = at.vcpus or at.ram or at.classes
+        if not takes or not planned_by_host(at.resource_id):
             return 0
-        placed = read_placed(occurrence.placed)
+        placed = read_placed(at.placed)
         there = rows('SELECT id FROM host WHERE id IN numbers(?) AND until >= ?',
-                     json.dumps([*placed]), occurrence.held_until)
-        return occurrence.vms - sum(placed[each.id] for each in there)
+                     json.dumps([*placed]), at.held_until)
+        return at.vms - sum(placed[each.id] for each in there)
 
-    def notice_times(self, occurrence) -> tuple[float, float]:
+    def notice_times(self) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
-        length = occurrence.end - occurrence.start
-        before = self.config.remind_before
-        return occurrence.start - before, occurrence.end - min(before, length / 2)
+        start, end, before = self.occurrence.start, self.occurrence.end, self.config.remind_before
+        return start - before, end - min(before, (end - start) / 2)
 
-    def next_look(self, occurrence, over: bool, now: float) -> float | None:
-        """When an occurrence must be planned again; None once it is over and nothing is to do."""
-        if not over:
-            asked = max(occurrence.start, occurrence.changed)
-            comes = (*self.notice_times(occurrence), occurrence.held_from, occurrence.start,
-                     occurrence.end, occurrence.held_from - self.config.check_ahead,
-                     asked + occurrence.no_show // 2, asked + occurrence.no_show,
-                     occurrence.up_check or 0)
-            return min(each for each in comes if each > now)
-        if row("SELECT id FROM server WHERE occurrence_id = ? AND state NOT IN ('deleted', 'kept') "
-               "LIMIT 1", occurrence.id):
-            return now + self.config.poll_changing
-        if all(self.foreign(occurrence)):
-            return now + self.config.lost_answer_wait
-        if occurrence.cancelled is None:
-            self.tell_end(occurrence, now)
-        if occurrence.at_end == 'stop':
-            change(Occurrence, occurrence.id, due=None)
-            self.service.bookings.count_stopped(occurrence.reservation_id, now)
+    def next_look(self) -> float | None:
+        """When it must be planned again; None once it is over and nothing is to do."""
+        at = self.occurrence
+        if not self.over:
+            comes = (*self.notice_times(), at.held_from - self.config.check_ahead, at.held_from,
+                     at.start, at.end, self.asked + at.no_show // 2, self.asked + at.no_show,
+                     self.up_check or 0)
+            return min(each for each in comes if each > self.now)
+        if row(f'SELECT id FROM server WHERE occurrence_id = ? AND {UNSETTLED} LIMIT 1', self.id):
+            return self.now + self.config.poll_changing
+        if all(self.foreign()):
+            return self.now + self.config.lost_answer_wait
+        if self.ended:
+            self.tell_end()
+        if at.at_end == 'stop':
+            change(Occurrence, self.id, due=None)
+            self.service.bookings.count_stopped(at.reservation_id, self.now)
         return None
 
-    def tell_end(self, occurrence, now: float) -> None:
-        if occurrence.idle:
-            found = self.service.look.occurrence(occurrence.id)
-            self.service.admission.cancel([found], now, 'no capacity became free before its end')
+    def tell_end(self) -> None:
+        if self.occurrence.idle:
+            self.cancel('no capacity became free before its end')
             return
         found = row('SELECT count(ready) AS ever, max(fault) AS fault FROM server WHERE '
-                    'occurrence_id = ?', occurrence.id)
-        if (occurrence.image or occurrence.server) and not found.ever:
-            run('UPDATE occurrence SET told = told | ? WHERE id = ?', FAILED, occurrence.id)
+                    'occurrence_id = ?', self.id)
+        if self.boots and not found.ever:
+            self.told |= FAILED
             fault = (found.fault or '').rstrip('.') or 'the scheduler of cmres did not run'
-            tell_of(self.config, now, 'failed', f'no VM became ready: {fault}', occurrence)
+            self.tell('failed', f'no VM became ready: {fault}')
         else:
-            tell_of(self.config, now, 'ended', 'reached its end', occurrence)
+            self.tell('ended', 'reached its end')
+
+
+def what_becomes(foreign: list[str], ends: bool) -> str:
+    """What is said of VMs that users started, by whether they end with what they are in."""
+    one = len(foreign) == 1
+    deletes, stays = ('is deleted', 'goes on') if one else ('are deleted', 'go on')
+    return (f"{counted(len(foreign), 'VM')} that users started themselves "
+            f"{deletes if ends else stays}: {', '.join(foreign)}")
+
+
+def is_by_hand(server) -> bool:
+    """Whether somebody has put a server to rest; what was so before, we start ourselves."""
+    return server.state in WAKES and bool(server.ready) and not server.borrowed
+
+
+def why_not_up(servers: list) -> str:
+    """The reasons for which servers are not up, each with those that it concerns."""
+    reasons: dict = defaultdict(list)
+    for each in servers:
+        reason = each.fault.rstrip('.') or 'the cloud is still starting them'
+        if is_by_hand(each):
+            reason = (f'{each.state}; somebody stopped them, so cmres does not start them: '
+                      f'openstack server {WAKES[each.state]} NAME')
+        reasons[reason].append(each)
+    return '; '.join(f'{named(those)}: {reason}' for reason, those in reasons.items())
 
 
 # Dispatcher ###################################################################
@@ -19056,9 +19073,8 @@ class Planner:
 class Dispatcher:
     """Hands calls to workers."""
 
-    def __init__(self, service: Reservations, leader: Leadership, workers: Workers,
-                 health: Health, post: Post):
-        self.config, self.service, self.leader = service.config, service, leader
+    def __init__(self, workers: Workers, health: Health, post: Post):
+        self.config, self.service, self.leader = workers.config, workers.service, workers.leader
         self.workers, self.health, self.post = workers, health, post
         self.taken: Counter = Counter()  # how many workers are not free, by account
 
@@ -19081,14 +19097,14 @@ class Dispatcher:
         servers = those_due('server', SERVERS, now, 'ORDER BY +v.planned, v.id')
         due = [server for server in servers if server.cloud in self.leader.served
                and not self.workers.busy(('server', server.id))]
-        needs: list[tuple] = []
+        if not due:
+            return
         calls = *self.workers.flying.values(), *self.workers.hanging
         self.taken = Counter(each.account for each in calls)
-        if due:
-            waits: dict = {}
-            with self.leader.acting():
-                for server in due:
-                    needs += self.needs(server, waits, now)
+        needs, waits = [], {}
+        with self.leader.acting():
+            for server in due:
+                needs += self.needs(server, waits, now)
         looks = {(server.account, server.cloud) for verb, server in needs if verb == 'look'}
         for verb, server in needs:
             if verb != 'look':
@@ -19126,10 +19142,8 @@ class Dispatcher:
         breaker = self.health.breakers[server.account]
         if breaker.failures < TRIPS and breaker.until <= now:
             return False
-        change(Server, server.id, due=max(breaker.until, now + self.config.poll_changing),
-               fault=breaker.fault[:500])
-        if server.fault != breaker.fault[:500]:
-            look_again(server.occurrence_id, now)
+        soon = now + self.config.poll_changing
+        self.hold_back(server, max(breaker.until, soon), breaker.fault[:500], now)
         return True
 
     def must_wait(self, server, waits: dict, now: float) -> bool:
@@ -19141,10 +19155,13 @@ class Dispatcher:
         why, until, which = waits[server.resource_id]
         if which is not None and server.occurrence_id not in which:
             return False
-        change(Server, server.id, due=min(until, now + CALM), fault=why[:500])
-        if server.fault != why[:500]:
-            look_again(server.occurrence_id, now)
+        self.hold_back(server, min(until, now + CALM), why[:500], now)
         return True
+
+    def hold_back(self, server, due: float, why: str, now: float) -> None:
+        change(Server, server.id, due=due, fault=why)
+        if server.fault != why:
+            look_again(server.occurrence_id, now)
 
     def intend(self, verb: str, server, now: float) -> list:
         """Writes what will be done; the calls that it takes."""
@@ -19267,8 +19284,8 @@ def note_lent(lent: Lent, what: str, id) -> None:
 class HostWatch:
     """Has resources follow the hosts of their clouds, and VMs leave hosts that are down."""
 
-    def __init__(self, service: Reservations, leader: Leadership, workers: Workers):
-        self.service, self.leader, self.workers = service, leader, workers
+    def __init__(self, workers: Workers):
+        self.service, self.leader, self.workers = workers.service, workers.leader, workers
         self.told: list[Job] = []  # what clouds have told and nobody has looked at
         self.synced: dict = {}  # which sync was the last before a cloud was asked something
         self.traced = False  # whether claims may have changed hosts since the last pass
@@ -19292,16 +19309,15 @@ class HostWatch:
         """Follows what was told since the last pass; outside of a transaction, as it may search."""
         told, self.told = self.told, []
         traced, self.traced = self.traced, False
+        follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors,
+                  'states': functools.partial(self.follow_states, now=now)}
         for each in told:
             if each.target not in self.leader.held:
                 continue
             if self.synced[each.verb, each.target] != fact(f'synced {each.target}'):
                 self.ask(each.verb)  # somebody knows more by now
-            elif each.verb != 'states':
-                follow = {'hosts': self.service.follow, 'flavors': self.service.follow_flavors}
-                follow[each.verb](each.target, each.answer)
             else:
-                self.follow_states(each.target, each.answer, now)
+                follow[each.verb](each.target, each.answer)
         if told or traced:
             self.service.make_way(self.leader.held)
 
@@ -19341,45 +19357,37 @@ def tell_vanished(config: Config, servers: list, now: float,
 class Reconciler:
     """Records what calls came to."""
 
-    def __init__(self, service: Reservations, clocks: Clocks, leader: Leadership, workers: Workers,
-                 health: Health, post: Post, lender: Lender, watch: HostWatch):
-        self.config, self.clouds, self.service = service.config, service.clouds, service
-        self.leader, self.workers, self.health = leader, workers, health
+    def __init__(self, workers: Workers, health: Health, post: Post, lender: Lender,
+                 watch: HostWatch):
+        self.config, self.service = workers.config, workers.service
+        self.leader, self.workers, self.health = workers.leader, workers, health
         self.watch = watch
-        # Since when servers were seen to boot, by account.
+        # Since when servers were seen to boot, by account and mark.
         self.building: dict[str, dict] = defaultdict(dict)
         self.reported: set[str] = set()  # orphans that wait for an admin
         self.deeds = {
             'clear': self.record_clear, 'integrity': self.record_integrity, 'notice': post.record,
-            'trace': self.record_trace, 'time': clocks.confirm, 'poll': self.record_poll,
+            'trace': self.record_trace, 'time': workers.clocks.confirm, 'poll': self.record_poll,
             'look': self.record_look, 'lend': lender.record, 'ahead': self.record_ahead,
             **dict.fromkeys(('hosts', 'states', 'flavors'), watch.record)}
 
     def record(self, now: float) -> None:
         """Writes down what calls came to since the last pass; that waits until it has worked."""
-        while not self.workers.results.empty():
-            result = self.workers.results.get()
-            # The clock may have been set back since.
-            result.began, result.ended = min(result.began, now), min(result.ended, now)
-            self.workers.ended.append(result)
-        if not self.workers.ended:
+        if not self.workers.gather():
             return
-        breakers = dict(self.health.breakers)
         with self.leader.acting():
             for result in self.workers.ended:
-                if result.cloud not in self.leader.held:
-                    continue
-                self.health.note(result, now)
-                if result.error and not isinstance(result.error, Error):
-                    log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
-                self.record_alone(result, now)
-        for account in breakers.keys() | self.health.breakers.keys():
-            before, after = breakers.get(account, Breaker()), self.health.breakers[account]
-            self.health.tell(account, before, after)
-        self.workers.forget_calls()
+                if result.cloud in self.leader.held:
+                    self.record_alone(result, now)
+        self.workers.forget()
 
     def record_alone(self, result: Job, now: float) -> None:
         """Records one result; if it can't be recorded, the others are, and a look tells later."""
+        # The clock may have been set back since.
+        result.began, result.ended = min(result.began, now), min(result.ended, now)
+        self.health.note(result, now)
+        if result.error and not isinstance(result.error, Error):
+            log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
         try:
             with Attempt():
                 self.record_one(result, now)
@@ -19390,10 +19398,12 @@ class Reconciler:
                           result.account)
 
     def record_one(self, result: Job, now: float) -> None:
-        if result.key[0] != 'server':
-            if not isinstance(result.error, LostLease):  # else it is due still
-                self.deeds[result.verb](result, now)
-            return
+        if result.key[0] == 'server':
+            self.record_of_server(result, now)
+        elif not isinstance(result.error, LostLease):  # else it is due still
+            self.deeds[result.verb](result, now)
+
+    def record_of_server(self, result: Job, now: float) -> None:
         server = row(f'{SERVERS} WHERE v.id = ?', result.target.id)
         if (server.state in FINAL or server.tries != result.target.tries
             or server.cloud not in self.leader.held):
@@ -19412,10 +19422,8 @@ class Reconciler:
         elif result.verb == 'verify':
             self.record_verify(server, result.answer, now)
         else:
-            saved = (dict(zip(('snapshot', 'snapshot_id'), result.answer))
-                     if result.verb == 'snapshot' else {})
             change(Server, server.id, state=UNDER_WAY[result.verb], called=result.ended,
-                   due=now + self.config.poll_changing, **saved)
+                   due=now + self.config.poll_changing, **(result.answer or {}))
 
     def record_boot(self, server, result: Job, now: float) -> None:
         begun, error = result.began, result.error
@@ -19520,8 +19528,8 @@ class Reconciler:
     def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
         """Forgets since when servers boot that boot no longer."""
         builds = {each.mark for each in seen.values() if each.state == 'build'}
-        self.building[account] = {each: since for each, since in self.building[account].items()
-                                  if f'{self.clouds.store}-{each[0]}-{each[1]}' in builds}
+        self.building[account] = {mark: since for mark, since in self.building[account].items()
+                                  if mark in builds}
 
     def compare(self, server, found: Seen | None, result: Job, now: float) -> list:
         """Records what a look at its cloud shows of a server, if anything; it, if it vanished."""
@@ -19610,9 +19618,8 @@ class Reconciler:
 
     def too_slow(self, server) -> bool:
         """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
-        first = self.building[server.account].setdefault((server.id, server.tries),
-                                                         time.monotonic())
-        return time.monotonic() >= first + self.config.boot_timeout
+        now, builds = time.monotonic(), self.building[server.account]
+        return now >= builds.setdefault(self.workers.mark(server), now) + self.config.boot_timeout
 
     def record_missing(self, server, looked: float, now: float) -> list:
         """A server that the look didn't show: gone, never made, or too new; it, if it vanished."""
@@ -19658,12 +19665,8 @@ class Reconciler:
 
 
 class LifeCycle:
-    """Boots what has begun, ends what is over, and looks whether it is so.
-
-    Args:
-      clock: seconds since 1970, by a clock that people and programs may set
-      uptime: seconds on a clock that nobody sets; without it, a clock that is passed in is both
-    """
+    """Boots what has begun, ends what is over, and looks whether it is so, by the clocks that
+    `Clocks` takes."""
 
     def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
                  uptime: Callable[[], float] | None = None):
@@ -19671,21 +19674,16 @@ class LifeCycle:
         self.clocks = Clocks(config, clock, uptime)
         self.leader = Leadership(config, self.clocks, clouds)
         actor = Actor('cmres', 'default', ADMIN)
-        self.service = service = Reservations(config, clouds, actor, self.clocks.now)
-        service.fence = self.leader.refuse
-        self.workers = Workers(config, clouds, service, self.clocks, self.leader)
-        self.wake, self.health = self.workers.wake, Health(config)
-        self.post = Post(config, self.workers, self.health)
-        self.planner = Planner(config, clouds, service, self.leader, self.workers)
-        self.dispatcher = Dispatcher(service, self.leader, self.workers, self.health, self.post)
-        self.lender = Lender(self.workers)
-        self.watch = HostWatch(service, self.leader, self.workers)
-        self.reconciler = Reconciler(service, self.clocks, self.leader, self.workers, self.health,
-                                     self.post, self.lender, self.watch)
+        self.service = Reservations(config, clouds, actor, self.clocks.now)
+        self.service.fence = self.leader.refuse
+        self.workers = workers = Workers(self.service, self.leader)
+        self.wake, self.health = workers.wake, Health(config)
+        post, self.planner = Post(workers, self.health), Planner(workers)
+        self.dispatcher = Dispatcher(workers, self.health, post)
+        self.lender, self.watch = Lender(workers), HostWatch(workers)
+        self.reconciler = Reconciler(workers, self.health, post, self.lender, self.watch)
         self.passed = time.monotonic()  # when a pass has worked last
-        self.stale = False  # whether series are still to be carried on
-        self.dropping = False  # whether more is to be dropped that was begun and not ended
-        self.line_moves = False  # whether those that wait are to be looked at once more
+        self.goes_on = False  # whether the next pass has something to do at once
         self.soonest = 0.0  # when something is due next
         self.seen: tuple | None = None  # the state of the store in which that was so
         self.zones, self.fresh_until = '', 0.0
@@ -19694,6 +19692,7 @@ class LifeCycle:
     def converge(self, now: float) -> bool:
         """One pass, if this process may act; a later one records the calls that it begins."""
         if not self.lead(now):
+            self.workers.gather()
             self.workers.forget()
             return False
         now = self.believed()  # we may have been frozen since
@@ -19702,10 +19701,7 @@ class LifeCycle:
         self.watch.follow(now)
         self.workers.give_up()
         acts_for_none = '' in self.leader.served
-        if acts_for_none:
-            self.refresh(now)
-        self.stale, self.dropping, self.line_moves = self.stale and acts_for_none, False, False
-        self.planner.goes_on = False
+        self.goes_on = acts_for_none and self.refresh(now)
         if self.has_work(now):
             self.work(now, acts_for_none)
         if acts_for_none:
@@ -19724,10 +19720,10 @@ class LifeCycle:
     def work(self, now: float, acts_for_none: bool) -> None:
         """What is due: who waits and what goes, then what VMs need, then the calls for that."""
         if acts_for_none:
-            self.admit_waiting(now)
-            self.drop_staged(now)
+            self.goes_on |= self.admit_waiting(now)
+            self.goes_on |= self.drop_staged(now)
             self.do_later(now)
-        self.planner.plan(now)
+        self.goes_on |= self.planner.plan(now)
         self.lead(self.clocks.clock())  # all that may have taken long
         self.dispatcher.call(now)
         self.lender.lend(now)
@@ -19740,11 +19736,6 @@ class LifeCycle:
             self.wake.wait(0 if self.goes_on else 1)
             self.wake.clear()
         return acting
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the next pass has something to do at once."""
-        return self.stale or self.dropping or self.line_moves or self.planner.goes_on
 
     def has_work(self, now: float) -> bool:
         """Whether anything is due; asked anew only where somebody has written since."""
@@ -19803,14 +19794,12 @@ class LifeCycle:
             return deed(*what)
         except LostLease as error:
             log.warning('%s', error)
-        except (Unavailable, *STORE_ERRORS) as error:
-            if not (refusal := error if isinstance(error, Unavailable) else trouble(error)):
-                log.exception('this run failed because of a mistake in cmres; the next one starts '
-                              'in a second')
-            else:
+        except Exception as error:  # the next pass may do better; people wait for machines
+            if refusal := error if isinstance(error, Unavailable) else trouble(error):
                 log.warning('waiting: %s', refusal)
-        except Exception:  # whatever it is, the next pass may do better; people wait for machines
-            log.exception('this run failed; the next one starts in a second')
+            else:
+                why = ' because of a mistake in cmres' if isinstance(error, STORE_ERRORS) else ''
+                log.exception('this run failed%s; the next one starts in a second', why)
         return 1
 
     def age(self) -> float:
@@ -19901,15 +19890,19 @@ class LifeCycle:
             run('UPDATE outbox SET due = min(due, ? + min(?, ? * (1 << CAST(min(tries, 20) AS '
                 'INT4)))) WHERE due IS NOT NULL', now, RARELY, self.config.retry_first)
             run('UPDATE wait SET due = 0 WHERE due > 0')
+        self.take_up(now, those)
+        self.health.breakers.clear()
+        self.clocks.latest = now
+
+    def take_up(self, now: float, clouds: str) -> None:
+        """Goes on with what was wound up by a clock that was ahead."""
         for each in rows('SELECT o.id, o.reservation_id, r.notify FROM occurrence o '
                          'CROSS JOIN reservation r ON r.id = o.reservation_id CROSS JOIN '
                          'resource s ON s.id = o.resource_id WHERE o.due IS NULL AND o.cancelled '
-                         'IS NULL AND o."end" > ? AND s.cloud IN names(?)', now, those):
+                         'IS NULL AND o."end" > ? AND s.cloud IN names(?)', now, clouds):
             change(Occurrence, each.id, due=now, told=0, up_told=None)
             tell_of(self.config, now, 'clock',
                     'a wrong clock ended it too early; it continues', each)
-        self.health.breakers.clear()
-        self.clocks.latest = now
 
     def sweep(self) -> None:
         """Looks at every account, also for servers of ours that nothing in the store tells of."""
@@ -19940,10 +19933,11 @@ class LifeCycle:
             self.ask_clouds(self.leader.held, 'time', lambda account: None)
         return now
 
-    def refresh(self, now: float) -> None:
-        """Carries series on, once a day and with a new zone table; some in each pass."""
+    def refresh(self, now: float) -> bool:
+        """Carries series on, once a day and with a new zone table; some in each pass. Whether more
+        may be left."""
         if now < self.fresh_until:
-            return
+            return False
         stamp = f'{instant(int(now)):%Y-%m-%d} {zone_table()}'
         done = fact('refreshed') == stamp
         if stamp != self.zones:
@@ -19954,12 +19948,12 @@ class LifeCycle:
             'AND carried IS NOT ? LIMIT 20', int(now), stamp)
         for each in stale:
             self.carry_on(each.id, stamp, now)
-        self.stale = bool(stale)
         if not stale:
             self.fresh_until = (now // 86400 + 1) * 86400
         if not stale and not done:
             with self.leader.acting():
                 note_fact('refreshed', stamp)
+        return bool(stale)
 
     def carry_on(self, reservation: int, stamp: str, now: float) -> None:
         """Carries one series on; one that can't be is told of, and is tried again the next day."""
@@ -19986,23 +19980,24 @@ class LifeCycle:
             forgotten = self.service.forget(now)
         self.tidied = 0.0 if forgotten else now
 
-    def admit_waiting(self, now: float) -> None:
-        self.line_moves = False
-        if any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
-            replans.begin(FEW_SEARCHES)
-            if planned_by_host():
-                with self.service.writing(dry_run=True):  # a search takes no lock
-                    self.service.waiting.admit_waiting(now)
-            with self.leader.acting():
-                self.line_moves = self.service.waiting.admit_waiting(now)
+    def admit_waiting(self, now: float) -> bool:
+        """Admits those for whom something has become free; whether to look once more."""
+        if not any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
+            return False
+        replans.begin(FEW_SEARCHES)
+        if planned_by_host():
+            with self.service.writing(dry_run=True):  # a search takes no lock
+                self.service.waiting.admit_waiting(now)
+        with self.leader.acting():
+            return self.service.waiting.admit_waiting(now)
 
-    def drop_staged(self, now: float) -> None:
+    def drop_staged(self, now: float) -> bool:
         """Erases some of what a process had begun to write, and has not gone on with."""
         left = those_due('staged', 'SELECT f.name FROM fact f', now)
-        self.dropping = bool(left)
         for each in left:
             with self.leader.acting():
                 Staged(self.service, each.name).drop_some(now)
+        return bool(left)
 
     def do_later(self, now: float) -> None:
         """Does what people have asked for and can't take back any more."""
@@ -20011,14 +20006,20 @@ class LifeCycle:
             service, left = self.service.acting(Actor(*said['by'])), deque(said['calls'])
             while left:
                 with self.leader.acting():
+                    if not returned('DELETE FROM fact WHERE name = ? RETURNING name', each.name):
+                        break  # somebody has taken it back meanwhile
                     for name, asked in some_of(left):
-                        try:
-                            with Attempt():
-                                getattr(service, name)(**bind(API[name], asked, service.here))
-                        except Error as error:  # it has ended meanwhile
-                            log.info('%s of %s was not done: %s', name, asked, error)
-                    note_fact(each.name, f'{now:.3f} ' + json.dumps(said | {'calls': [*left]}))
-            run('DELETE FROM fact WHERE name = ?', each.name)
+                        self.do_one(service, name, asked)
+                    if left:
+                        note_fact(each.name, f'{now:.3f} ' + json.dumps(said | {'calls': [*left]}))
+
+    def do_one(self, service: Reservations, name: str, asked: dict) -> None:
+        """Does one thing that somebody has asked for, if that still goes."""
+        try:
+            with Attempt():
+                getattr(service, name)(**bind(API[name], asked, service.here))
+        except Error as error:  # it has ended meanwhile
+            log.info('%s of %s was not done: %s', name, asked, error)
 
 
 # Document ####################################################################
@@ -20456,9 +20457,11 @@ def rest(service: Reservations, told: Callable | None = None, visitor: Callable 
     app = health_of(service, told)
     for operation in API.values():
         for verb, path, fixed in operation.routes:
-            app.route(rule(operation, path), verb, handler(service, operation, fixed, visitor))
+            handle = handler(service, operation, fixed, visitor)
+            app.route(rule(operation, path), verb, handle, name=operation.name)
+    feeds = WrittenFeeds(service)
     for path in FEEDS:
-        app.route(path, 'GET', feed_handler(service))
+        app.route(path, 'GET', feeds.answer)
 
     def document():
         who_asks(service, bottle.request, visitor)
@@ -20471,14 +20474,13 @@ def health_of(service: Reservations, told: Callable | None = None):
     """The WSGI application that tells how a service is, and nothing else."""
     app = bottle.Bottle()
     app.uninstall('json')  # it knows neither lists nor instants
-    app.default_error_handler = told or (
-        lambda failure: error_text(failure, bottle.request, bottle.response))
+    app.default_error_handler = told or error_text
     app.install(answering)
     app.add_hook('before_request', lambda: plain_path(bottle.request.environ))
     app.route('/healthz', 'GET', lambda: health(service))
     app.route('/readyz', 'GET', Readiness(service).answer, skip=[answering])
-    app.route(METRICS_PATH, 'GET', lambda: refused(NotFound(
-        '`serve` counts, and only there are metrics')))
+    # a gate counts, and answers there in its place
+    app.route(METRICS_PATH, 'GET', lambda: refused(NotFound('only a server has metrics')))
     return app
 
 
@@ -20723,19 +20725,6 @@ class Once:
             *self.whose, self.mark)
 
 
-def feed_handler(service: Reservations) -> Callable:
-    """Answers calendar programs: nothing but a secret in the address tells who asks."""
-    written = WrittenFeeds(service)
-
-    def handle(secret: str, name: str = ''):
-        etag, text = written.current(secret)
-        same = etag in header(bottle.request, 'If-None-Match')
-        return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
-            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
-            'Cache-Control': 'private, no-cache'})
-    return handle
-
-
 class Written(NamedTuple):
     """A feed as it was written, with what tells whether it still holds."""
     newest: int | None = None  # the last event of the event log then
@@ -20755,6 +20744,14 @@ class WrittenFeeds:
         self.service, self.kept = service, {}
         self.lock = threading.Lock()
         self.places = threading.BoundedSemaphore(max(service.config.threads // 2, 1))
+
+    def answer(self, secret: str, name: str = ''):
+        """Answers calendar programs: nothing but a secret in the address tells who asks."""
+        etag, text = self.current(secret)
+        same = etag in header(bottle.request, 'If-None-Match')
+        return sent(b'' if same else text, 304 if same else 200, UNKEPT | {
+            'Content-Type': 'text/calendar; charset=utf-8', 'ETag': etag,
+            'Cache-Control': 'private, no-cache'})
 
     def current(self, secret: str) -> tuple[str, bytes]:
         """The ETag and the text of a feed as it is now."""
@@ -20959,7 +20956,7 @@ class Readiness:
         if not found:
             return {'fault': 'No scheduler has run yet. Start `serve` or `scheduler`.'}
         now, config = self.service.clock(), self.service.config
-        age = round(max(now - found[0].until + config.leader_timeout, 0), 1)
+        age = round(last_pass(found, now, config), 1)
         cloud = f" for the cloud '{found[0].name}'" if found[0].name else ''
         late = (f'The scheduler last ran {format_duration(int(age))} ago{cloud}. Start `serve` or '
                 '`scheduler`, or look at its log.')
@@ -20977,30 +20974,31 @@ def error_body(error: Error) -> dict:
             'kind': type(error).__name__} | ({'details': error.details} if error.details else {})
 
 
-def error_text(failure, request, response) -> str:
+def error_text(failure) -> str:
     """The JSON of what never reached a handler: no such address, wrong verb, a bug."""
-    status, error = failure.status_code, failure.body
+    request, status, error = bottle.request, failure.status_code, failure.body
     if status == 405:
-        error = wrong_verb(failure, request, response)
+        error = wrong_verb(failure)
     elif not isinstance(error, Error):
         error = (mistake(failure.exception, request) if status == 500 else
                  NotFound(f'There is nothing at {request.path}. /openapi.json lists all addresses.')
                  if status == 404 else Invalid(str(error)))
     for name, value in (UNKEPT | (headers_of(error) if error else {})).items():
-        response.set_header(name, value)
+        bottle.response.set_header(name, value)
     return json_text(error_body(error)) if error else ''
 
 
-def wrong_verb(failure, request, response) -> Error | None:
+def wrong_verb(failure) -> Error | None:
     """What is said of the verbs of an address: to who asks for them, and to who took another."""
+    verb, response = bottle.request.method, bottle.response
     verbs = set(failure.headers['Allow'].split(',')) - {'PROXY'}
     verbs = sorted(verbs | {'OPTIONS'} | ({'HEAD'} if 'GET' in verbs else set()))
     response.set_header('Allow', ', '.join(verbs))
-    if request.method == 'OPTIONS':
+    if verb == 'OPTIONS':
         response.status = 204
         return None
     use = ' or '.join(each for each in verbs if each not in ('HEAD', 'OPTIONS'))
-    return Error(f'{request.method} is not possible at this address. Use {use}.')
+    return Error(f'{verb} is not possible at this address. Use {use}.')
 
 
 def request_name(environ: dict) -> str:
@@ -21077,16 +21075,23 @@ def role_of(service: Reservations, found: Scoped) -> str:
 def by_proxy(service: Reservations, request) -> Actor | None:
     """Who asks as a trusted proxy says it; anybody else's headers of that name say nothing."""
     begin = service.config.identity_header
-    user = header(request, f'{begin}-User')
+    user = in_utf8(header(request, f'{begin}-User'))
     if not user or not service.config.is_among(
             'identity_proxies', request.environ.get('REMOTE_ADDR', '')):
         return None
-    project = header(request, f'{begin}-Project') or 'default'
+    project = in_utf8(header(request, f'{begin}-Project')) or 'default'
     role = header(request, f'{begin}-Role') or USER
     if role not in ROLES:
         raise Forbidden(f"the proxy says that your role is '{role}'; it must be one of "
                         f"{', '.join(ROLES)}")
     return let_in(service, request, user, project, role)
+
+
+def in_utf8(said: str) -> str:
+    """A header in UTF-8, as proxies send names; if it is in none, as it is: names stay different."""
+    with suppress(UnicodeError):
+        return said.encode('latin1').decode()
+    return said
 
 
 def let_in(service: Reservations, request, user: str, project: str, role: str) -> Actor:
@@ -21228,32 +21233,27 @@ LIMITED_ELSEWHERE = (*(f'{each}_per_user' for each in STILL), 'notices_per_day',
 
 
 class Gate:
-    """The WSGI application before that of a service; `cycle` is the life cycle of this process."""
+    """What stands before the application of a service, and knows what is measured there; `cycle` is
+    the life cycle of this process."""
 
-    def __init__(self, app: Callable, service: Reservations, cycle: LifeCycle | None = None):
-        self.app, self.service, self.cycle = app, service, cycle
-        self.operations = {(verb, rule(operation, path)): operation.name
-                           for operation in API.values() for verb, path, _ in operation.routes}
+    def __init__(self, app: bottle.Bottle, service: Reservations, cycle: LifeCycle | None = None):
+        self.app, self.service = app, service
         self.store = StoreMetrics(service, cycle)
         self.reader = ''  # the hash of the token that has read metrics last
+        app.route(METRICS_PATH, 'GET', self.metrics, skip=[answering])
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
-        began, answer = time.monotonic(), Reply(environ, start_response)
+        answer = Reply(environ, start_response, self.finish)
         environ['cmres.address'] = address = self.address(environ)
-        environ['cmres.began'] = began
         environ['cmres.request_id'] = request_name(environ)
         try:
             self.service.shares.rates.take('requests_per_address', address)
             self.service.shares.rates.look('mib_per_address', address)
             refuse_malformed(environ)
-            reads = environ['REQUEST_METHOD'] in ('GET', 'HEAD')
-            if reads and environ['PATH_INFO'] == METRICS_PATH:
-                body = self.metrics(environ, answer)
-            else:
-                body = self.app(environ, answer.begin)
+            answer.body = self.app(environ, answer.begin)
         except Error as error:
-            body = answer.refuse(error)
-        return Counting(body, lambda sent: self.finish(environ, answer, began, sent))
+            answer.body = answer.refuse(error)
+        return answer
 
     def address(self, environ: dict) -> str:
         """Who asks, for limits and the log: the peer, or what a trusted proxy says last."""
@@ -21264,23 +21264,25 @@ class Gate:
         trusted = said and self.service.config.is_among('trusted_proxies', peer)
         return network_of(said) or network_of(peer) if trusted else network_of(peer)
 
-    def metrics(self, environ: dict, answer: Reply) -> Iterable[bytes]:
-        """What Prometheus reads: NotFound if the operator wants none, else for an admin's token."""
-        allowed = self.service.config.metrics
+    def metrics(self):
+        """What Prometheus reads, if the operator wants that: for an admin's token or for all."""
+        try:
+            self.refuse_reader(self.service.config.metrics)
+        except Error as error:
+            return refused(error)
+        text = exposition(self.store.samples())
+        return sent(text, 200, UNKEPT | {'Content-Type': PROMETHEUS})
+
+    def refuse_reader(self, allowed: str) -> None:
+        """Refuses who may not read metrics; who could before, may while the store can't be read."""
         if allowed == 'off':
             raise NotFound('There are no metrics here. The setting `metrics` can allow them.')
-        if allowed != 'open':
-            self.refuse_reader(environ)
-        text = exposition(self.store.samples()).encode()
-        return answer.say(200, text, UNKEPT | {'Content-Type': PROMETHEUS})
-
-    def refuse_reader(self, environ: dict) -> None:
-        """Refuses who may not read metrics; who could before, may while the store can't be read."""
-        request = bottle.LocalRequest(environ)
-        secret = hashed(bearer(request))
+        if allowed == 'open':
+            return
+        secret = hashed(bearer(bottle.request))
         try:
             with db.connection_context():
-                asks = who_asks(self.service, request)
+                asks = who_asks(self.service, bottle.request)
         except (Unavailable, *STORE_ERRORS) as error:
             if secret != self.reader:
                 raise trouble(error) or error from None
@@ -21289,13 +21291,14 @@ class Gate:
             raise Forbidden('Metrics need the token of an admin. It may have the scope read.')
         self.reader = secret
 
-    def finish(self, environ: dict, answer: Reply, began: float, sent: int) -> None:
+    def finish(self, answer: Reply) -> None:
         """Counts a request that is answered, and writes its line."""
-        operation, took = self.operation(environ), time.monotonic() - began
+        environ, took = answer.environ, time.monotonic() - answer.began
+        operation = self.operation(environ)
         token, received = environ.get('cmres.token'), int(environ.get('CONTENT_LENGTH') or 0)
         METRICS.count('requests_total', operation=operation, status=f'{answer.status}')
         METRICS.observe('request_seconds', took, operation=operation)
-        rates, mib = self.service.shares.rates, (sent + received) / 2**20
+        rates, mib = self.service.shares.rates, (answer.sent + received) / 2**20
         rates.add('mib_per_address', environ['cmres.address'], mib)
         if token and token.role != ADMIN:
             rates.add('mib_per_user', f'{token.project}/{token.user}', mib)
@@ -21304,15 +21307,14 @@ class Gate:
                         address=environ['cmres.address'], user=token and token.user,
                         project=token and token.project, token=token and token.id,
                         method=environ['REQUEST_METHOD'][:16], operation=operation,
-                        status=answer.status, ms=round(1000 * took, 1), bytes=sent)
+                        status=answer.status, ms=round(1000 * took, 1), bytes=answer.sent)
 
     def operation(self, environ: dict) -> str:
         """What a request asked for: the name of an operation, else the rule of a page, else -."""
         if environ['PATH_INFO'] in QUIET:
             return environ['PATH_INFO'][1:]
-        rule = getattr(environ.get('bottle.route'), 'rule', '-')
-        verb = environ['REQUEST_METHOD']
-        return self.operations.get(('GET' if verb == 'HEAD' else verb, rule), rule)
+        route = environ.get('bottle.route')
+        return (route.name or route.rule) if route else '-'
 
 
 def refuse_malformed(environ: dict) -> None:
@@ -21325,10 +21327,12 @@ def refuse_malformed(environ: dict) -> None:
 
 
 class Reply:
-    """How one request is answered, as far as the gate has a say in it."""
+    """How one request is answered: a body that counts what is sent of it, and tells once that is
+    over."""
 
-    def __init__(self, environ: dict, start_response: Callable):
-        self.environ, self.start_response, self.status = environ, start_response, 0
+    def __init__(self, environ: dict, start_response: Callable, end: Callable[[Reply], None]):
+        self.environ, self.start_response, self.end = environ, start_response, end
+        self.began, self.status, self.body, self.sent = time.monotonic(), 0, [], 0
 
     def begin(self, status: str, headers: list, exc_info=None):
         """Begins an answer, with what has to be said beside it."""
@@ -21348,19 +21352,10 @@ class Reply:
 
     def refuse(self, error: Error) -> list[bytes]:
         body = json_text(error_body(error)).encode()
-        return self.say(error.status, body, UNKEPT | headers_of(error))
-
-    def say(self, status: int, body: bytes, headers: dict) -> list[bytes]:
-        self.begin(f'{status} {http_client.responses[status]}', [
-            *headers.items(), ('Content-Length', f'{len(body)}')])
+        headers = UNKEPT | headers_of(error) | {'Content-Length': f'{len(body)}'}
+        status = f'{error.status} {http_client.responses[error.status]}'
+        self.begin(status, [*headers.items()])
         return [] if self.environ['REQUEST_METHOD'] == 'HEAD' else [body]
-
-
-class Counting:
-    """A body that tells how many bytes were sent of it, once it is closed."""
-
-    def __init__(self, body: Iterable[bytes], end: Callable[[int], None]):
-        self.body, self.end, self.sent = body, end, 0
 
     def __iter__(self) -> Iterator[bytes]:
         for each in self.body:
@@ -21371,9 +21366,8 @@ class Counting:
         return len(self.body)
 
     def close(self) -> None:
-        with suppress(AttributeError):
-            self.body.close()
-        self.end(self.sent)
+        getattr(self.body, 'close', lambda: None)()
+        self.end(self)
 
 
 def network_of(text: str) -> str:
@@ -21427,9 +21421,9 @@ class StoreMetrics:
     def of_store(self) -> Iterator[tuple]:
         """What is counted by few rows of the store."""
         now = self.service.clock()
-        for name, which in (('waiting', 'reservation WHERE waiting IS NOT NULL'),
-                            ('pending', 'reservation WHERE pending IS NOT NULL')):
-            yield f'reservations_{name}', (), run(f'SELECT count(*) FROM {which}').fetchone()[0]
+        for name in ('waiting', 'pending'):
+            which = f'SELECT count(*) FROM reservation WHERE {name} IS NOT NULL'
+            yield f'reservations_{name}', (), run(which).fetchone()[0]
         number, oldest = run(
             'SELECT count(*), min(e.at) FROM outbox n JOIN event e ON e.id = n.event_id '
             'WHERE n.due IS NOT NULL').fetchone()
@@ -21439,9 +21433,8 @@ class StoreMetrics:
                                           "WHERE state <> 'deleted' GROUP BY 1, 2").fetchall():
             yield 'servers', (('cloud', account), ('state', state)), number
         found = leases(self.service.clouds)
-        for lease in found[:1]:
-            renewed = lease.until - self.service.config.leader_timeout
-            yield 'pass_age_seconds', (), max(now - renewed, 0)
+        if found:
+            yield 'pass_age_seconds', (), last_pass(found, now, self.service.config)
         for lease in found:
             if lease.until > now:
                 host = lease.holder.partition(':')[0]
@@ -28026,7 +28019,7 @@ def web(service: Reservations):
     pages = Pages(service)
 
     def told(failure):
-        request, sentence = bottle.request, error_text(failure, bottle.request, bottle.response)
+        request, sentence = bottle.request, error_text(failure)
         for_people = 'text/html' in header(request, 'Accept')
         if sentence and request.path.startswith(BLAZAR):
             return json_text(in_blazars_words(json.loads(sentence), failure.status_code))

@@ -11204,6 +11204,23 @@ def test_what_nobody_uses_is_warned_of_and_then_released(world):
     book(world.service, 'all', start=2, end=4, resource='gpu', vms=4)
 
 
+def test_what_ends_before_it_would_be_released_is_not_warned_of_and_ends_in_time(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=4, no_show=hours(0.5))
+    book(world.as_user(), start=1, end=1.45, resource='gpu')
+    world.at(1.25)
+    later(world, 60)
+    world.at(1.45)
+    assert 'unused' not in codes(world) and codes(world)[-1] == 'ended'
+
+
+def test_what_ends_soon_is_told_also_where_nobody_came(world):
+    world.service.resource_add('gpu', cloud='simulated', mode='exclusive', vms=4, no_show=hours(0.5))
+    book(world.as_user(), start=1, end=1.51, resource='gpu', notify=['eva@example.org'])
+    for at in 1, 1.25, 1.4:
+        world.at(at)
+    assert [code for code in codes(world) if code in ('unused', 'ending')] == ['unused', 'ending']
+
+
 def test_what_somebody_uses_is_not_released(world):
     nobody_came(world)
     world.at(1.3)
@@ -14579,6 +14596,18 @@ def test_a_machine_that_exists_is_started_and_stopped_and_never_deleted(world, o
     assert cmres.SimulatedServer.select().count() == 1
 
 
+def test_machines_that_exist_are_started_however_many_there_are(world, monkeypatch):
+    """One look asks for some of them alone, as a list of ours does not show them; the next for others."""
+    monkeypatch.setattr(cmres, 'MOST_ALONE', 2)
+    cloud, names = world.clouds.open('simulated'), [f'mine-{n}' for n in range(5)]
+    for name in names:
+        cloud.stop(cloud.boot(cmres.Machine(name, '', 'm1.tiny', 'cirros')))
+        world.service.add(f'of-{name}', 'demo', NOON + hours(1), NOON + hours(2), server=name)
+    for n in range(12):
+        world.at(1 + n / 100)
+    assert [world.state(f'of-{name}') for name in names] == ['active'] * 5
+
+
 def test_a_machine_that_exists_is_shown_by_its_own_name(world, owned):
     world.service.add('desk', 'demo', NOON + hours(1), NOON + hours(2), server=owned)
     names = []
@@ -17049,8 +17078,9 @@ def test_a_pass_that_takes_longer_than_its_lease_calls_all_the_same_where_nobody
     plan = world.cycle.planner.plan
 
     def slow_plan(now):
-        plan(now)
+        more = plan(now)
         world.now += world.config.leader_timeout + 1
+        return more
     world.cycle.planner.plan = slow_plan
     assert world.cycle.converge(world.now)
     wait_for(world.there)
@@ -17187,11 +17217,12 @@ def test_each_starts_ends_and_looks_at_what_is_on_its_clouds_alone(world):
     assert not cmres.rows('SELECT * FROM simulated_server WHERE gone IS NULL')
 
 
-def test_what_is_asked_before_a_start_and_deleted_after_an_end_is_of_who_acts_for_the_cloud(world):
+def test_what_is_asked_before_a_start_and_deleted_after_an_end_is_of_who_acts_for_the_cloud(world, monkeypatch):
     schedulers, calls = Schedulers(world, 2, 2), []
     schedulers.passes(8)
+    world.config.take(delete_user_started=True)
+    monkeypatch.setattr(cmres, 'started_by_users', lambda occurrence: [f'of-{occurrence}'])
     for cycle in schedulers.there:
-        cycle.planner.foreign = lambda occurrence: ([f'of-{occurrence.label}'], True)
         work = cycle.workers.work
         cycle.workers.work = lambda call, cycle=cycle, work=work: (work(call), calls.append((cycle, call)))
     for place in 'demo', 'place-2':
@@ -19092,6 +19123,10 @@ def test_a_proxy_says_who_asks_and_nobody_else_can(tmp_path, empty):
     said = {'X-Remote-User': 'eva', 'X-Remote-Project': 'biology'}
     assert labels(get('10.1.2.3', 200, **said)) == ['hers']
     assert get('10.1.2.3', 200, **said | {'X-Remote-Project': 'chem'}) == []
+    book(world.as_user('josé', 'biologie générale'), 'his')
+    assert labels(get('10.1.2.3', 200, **{'X-Remote-User': 'josé'.encode().decode('latin1'),
+                                          'X-Remote-Project': 'biologie générale'.encode().decode('latin1')})) == ['his']
+    assert get('10.1.2.3', 200, **{'X-Remote-User': 'josé', 'X-Remote-Project': 'biologie'}) == []  # is no UTF-8
     assert 'must be one of reader, user, admin' in get('10.1.2.3', 403, **said | {'X-Remote-Role': 'root'})['error']
     get('10.1.2.3', 401)
     get('10.9.9.9', 401, **said | {'X-Forwarded-For': '10.1.2.3'})
@@ -21574,6 +21609,25 @@ def test_for_ten_seconds_a_deed_is_done_for_its_owner_alone_and_undo_always_work
     let_undo_pass(world)
     assert world.state('lab') in ('cancelled', 'ended') and world.there() == []
     assert 'too late' in undo_form(page).submit(status=409)
+
+
+def test_what_is_undone_while_a_pass_is_about_to_do_it_is_not_done(world, monkeypatch):
+    """The pass has read what is due; who takes it back is asked for that no more, and told that it stays."""
+    book(world.as_user(), start=4, end=6)
+    page = form_of(as_visitor(world).get('/r/lab'), '/do/delete').submit(status=303).follow()
+    due = cmres.those_due
+
+    def meanwhile(what, *rest):
+        found = due(what, *rest)
+        if what == 'later' and found:
+            world.now -= 1
+            undo_form(page).submit(status=303)
+            world.now += 1
+        return found
+    monkeypatch.setattr(cmres, 'those_due', meanwhile)
+    let_undo_pass(world)
+    assert world.state('lab') == 'reserved'
+    assert not cmres.rows(f'SELECT * FROM fact WHERE {cmres.LATER}')
 
 
 def test_undo_is_of_who_did_it_and_without_it_all_is_done_at_once(tmp_path):
@@ -25043,6 +25097,7 @@ def test_an_unchanged_feed_is_not_made_again_and_of_a_changed_one_only_what_chan
     unchanged = fetch(app, path, '*', If_None_Match=answer.headers['ETag'])
     assert (answer.status_int, same.status_int, unchanged.status_int) == (200, 200, 304)
     assert same.body == answer.body and answer.body.count(b'BEGIN:VEVENT') == count == written()
+    assert fetch(app, f"{path.rpartition('/')[0]}.ics", '*').body == answer.body  # its other address
     assert len(made) == 1
     world.service.update('series-0', end=timedelta(minutes=10), occurrence=NOON + hours(1))
     new = fetch(app, path, '*', If_None_Match=answer.headers['ETag'])
