@@ -21515,233 +21515,6 @@ LEASE_PLACES = ('resource', *PLACE)
 MOST_LEASES = 10_000  # that one list has
 
 
-class Blazar:
-    """The handlers of the API."""
-
-    def __init__(self, service: Reservations):
-        self.service = service
-
-    def mount(self, app) -> None:
-        """Gives an application all addresses."""
-        for path in ('', '/versions'):
-            app.route(BLAZAR + path, 'GET', self.versions)
-        for verb, path, handle, needed in (
-                ('GET', '/leases', self.list_leases, 'list'),
-                ('POST', '/leases', self.make_lease, 'add'),
-                ('GET', '/leases/<id>', lambda view, given: {
-                    'lease': view.lease(given['id'])}, 'list'),
-                ('PUT', '/leases/<id>', self.change_lease, 'update'),
-                ('DELETE', '/leases/<id>', self.end_lease, 'delete'),
-                ('GET', '/os-hosts', lambda view, given: {
-                    'hosts': [each.shown for each in view.hosts()]}, 'resource_list'),
-                ('POST', '/os-hosts', self.add_host, 'resource_sync'),
-                ('GET', '/os-hosts/allocations', lambda view, given: {
-                    'allocations': view.allocations(given)}, 'resource_list'),
-                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list'),
-                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync'),
-                ('GET', '/os-hosts/<id:int>', lambda view, given: {
-                    'host': view.host(given['id']).shown}, 'resource_list'),
-                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync'),
-                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync'),
-                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list'),
-                ('GET', '/floatingips', lambda view, given: {
-                    'floatingips': [each.shown for each in view.hosts(True)]}, 'resource_list'),
-                ('POST', '/floatingips', self.add_address, 'resource_sync'),
-                ('GET', '/floatingips/<id>', lambda view, given: {
-                    'floatingip': view.host(given['id']).shown}, 'resource_list'),
-                ('DELETE', '/floatingips/<id>', self.remove_host, 'resource_sync')):
-            status = {'POST': 201, 'DELETE': 204}.get(verb, 200)
-            app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
-
-    def answering(self, handle: Callable, needed: str, status: int) -> Callable:
-        """A handler for who may call the operation that is needed: the answer, or what Blazar's
-        clients read of none."""
-        def handler(**path):
-            request = bottle.request
-            try:
-                acting = self.service.acting(who_asks(self.service, request))
-                acting.wanted = while_there(request.environ)
-                with acting.shares.answering(acting.actor.user):
-                    refuse_to(acting.actor, API[needed])
-                    if acting.actor.resource is not None:
-                        raise Forbidden('this token is only for one resource, and leases are of '
-                                        'all')
-                    given = read_body(request, MOST_BODY) | path
-                    if request.method == 'GET':
-                        given |= read_query(request)
-                    view = LeaseView(acting)
-                    view.token = keystone_token(self.service, request)
-                    answer = handle(view, given)
-            except Error as error:
-                body = in_blazars_words(error_body(error), error.status)
-                return sent(json_text(body), error.status, UNKEPT | headers_of(error))
-            text = '' if status == 204 else json_text(answer)
-            return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
-        return handler
-
-    def versions(self):
-        there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
-            bottle.request.urlparts)
-        return sent(json_text({'versions': [{
-            'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0', 'max_version': '1.0',
-            'links': [{'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}), 300, UNKEPT)
-
-    # Leases
-
-    def list_leases(self, view: LeaseView, given: dict) -> dict:
-        own, values = ('TRUE', ()) if view.actor.role == ADMIN else ('project = ?',
-                                                                  (view.actor.project,))
-        return {'leases': view.leases(rows(
-            f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
-            *values))}
-
-    def make_lease(self, view: LeaseView, given: dict) -> dict:
-        """Reserves all parts of a lease, or none."""
-        start, end = read_lease_dates(given, view.acting.clock())
-        parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
-                 for each in lease_list(given.get('reservations'), 'reservations')]
-        id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
-        lease = {'id': id, 'name': lease_name(given), 'start': start, 'end': end,
-                 'before_end': before, 'added': int(view.acting.clock())}
-        lease |= {'user': view.actor.user, 'project': view.actor.project,
-                  'parts': json.dumps(parts)}
-        if not parts:
-            with view.acting.writing():
-                insert(BlazarLease, **lease)
-            return {'lease': view.lease(id)}
-        requests = LeaseRequests(view.acting, lease, parts).requests()
-
-        def also(answer: dict) -> None:
-            if not rehearsal.on:
-                insert(BlazarLease, **lease)
-                view.hold(id, parts, requests, answer)
-        view.acting.reserve([request for request, _ in requests], also=also)
-        view.lend_groups(id)
-        return {'lease': view.lease(id)}
-
-    def change_lease(self, view: LeaseView, given: dict) -> dict:
-        """Changes a lease: its name, its dates, the number of what its parts have."""
-        id, now = given['id'], view.acting.clock()
-        dates = {name: lease_date(given[f'{name}_date'], now) for name in ('start', 'end')
-                 if given.get(f'{name}_date') is not None}
-
-        def deed(now: float) -> None:
-            found = view.row(id)
-            before, = view.leases([found])
-            view.change_dates(found, dates)
-            for each in lease_list(given.get('reservations'), 'reservations'):
-                view.change_part(found, before, each)
-            self.write_changes(found, given, dates, now)
-        view.acting.carry_out(deed)
-        return {'lease': view.lease(id)}
-
-    def write_changes(self, found, given: dict, dates: dict[str, int], now: float) -> None:
-        """Writes what a lease has otherwise that its reservations don't know; in a transaction."""
-        new = {**dates}
-        if 'name' in given:
-            new['name'] = lease_name(given)
-        if 'before_end_date' in given:
-            new['before_end'] = lease_before_end(given, found.start, dates.get('end', found.end))
-        if new:
-            marks = ', '.join(f'"{name}" = ?' for name in new)
-            run(f'UPDATE blazar_lease SET {marks}, changed = ? WHERE id = ?', *new.values(),
-                int(now), found.id)
-
-    def end_lease(self, view: LeaseView, given: dict) -> None:
-        """Ends what a lease has, and forgets it."""
-        def deed(now: float) -> None:
-            found = view.row(given['id'])
-            view.end(found)
-            run('DELETE FROM blazar_lease WHERE id = ?', found.id)
-            run('DELETE FROM blazar_hold WHERE lease_id = ?', found.id)
-        view.acting.carry_out(deed)
-
-    # Hosts
-
-    def add_host(self, view: LeaseView, given: dict) -> dict:
-        """Lets a host of an aggregate be reserved by its name."""
-        name = given.get('name') or given.get('id')
-        if not isinstance(name, str):
-            raise Invalid('Missing parameter name')
-        extras = read_extras({key: value for key, value in given.items()
-                              if key not in ('name', 'id')})
-        if any(host.name == name for host in view.hosts()):
-            raise Conflict(f"the host '{name}' can be reserved already")
-        cloud, (aggregate, *_) = view.first(
-            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
-            'aggregate first: openstack aggregate add host')
-        there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
-        place = view.sync(cloud, aggregate._replace(hosts=there))
-        if aggregate.mark != place:
-            view.asks(cloud, lambda opened: opened.mark(aggregate, place))
-        view.set_extras(host_id(cloud, name), extras)
-        return {'host': view.host(host_id(cloud, name)).shown}
-
-    def change_host(self, view: LeaseView, given: dict) -> dict:
-        """Says more of a host, or something else; null says it no more."""
-        extras = read_extras({key: value for key, value in given.items() if key != 'id'})
-        if not extras:
-            raise Invalid('say what is to be otherwise, such as {"gpu": "2"}')
-        view.host(given['id'])
-        view.set_extras(given['id'], extras)
-        return {'host': view.host(given['id']).shown}
-
-    def remove_host(self, view: LeaseView, given: dict) -> None:
-        """Lets a host or floating IP no more be reserved by its name."""
-        host = view.host(given['id'])
-        left = view.named(host.cloud, host.aggregate)
-        if not left.pop(host.name, None):
-            raise Conflict(f"'{host.name}' is a resource, not a host: resource delete {host.name}")
-        if left:
-            view.sync(host.cloud, Aggregate(host.aggregate, left, ''))
-        else:
-            view.acting.resource_delete(host.resource)
-        view.set_extras(host.id, dict.fromkeys(host.extras))
-
-    def show_allocation(self, view: LeaseView, given: dict) -> dict:
-        id = f"{view.host(given.pop('id')).id}"
-        found = [each for each in view.allocations(given) if each['resource_id'] == id]
-        return {'allocation': found[0] if found else {'resource_id': id, 'reservations': []}}
-
-    def list_properties(self, view: LeaseView, given: dict) -> dict:
-        """What can be asked of hosts; with `detail` also which values there are."""
-        hidden, values = said_of_hosts()[0], defaultdict(set)
-        for host in view.hosts():
-            for name, value in host.extras.items():
-                values[name].add(value)
-        shown = {name for name in values if name not in hidden or read_bool(given.get('all', '0'))}
-        detail = read_bool(given.get('detail', '0'))
-        return {'resource_properties': [{'property': name} | ({
-            'private': name in hidden, 'values': sorted(values[name])} if detail else {})
-            for name in sorted(shown)]}
-
-    def hide_property(self, view: LeaseView, given: dict) -> dict:
-        """Shows a property to everybody or hides it from lists."""
-        name, private = given['name'], read_bool(given.get('private', False))
-        if not any(name in host.extras for host in view.hosts()):
-            raise NotFound(f"no host has a property '{name}'")
-        view.set_extras(0, {name: 'private' if private else None})
-        return {'resource_property': {
-            'id': name, 'resource_type': 'physical:host', 'property_name': name,
-            'private': private, 'created_at': None, 'updated_at': None}}
-
-    # Floating IPs
-
-    def add_address(self, view: LeaseView, given: dict) -> dict:
-        """Lets a floating IP of a network be reserved."""
-        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
-        if not isinstance(network, str) or not isinstance(address, str):
-            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
-        cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
-                                   f'has {address} in a subnet of the network {network}')
-        aggregate = f'floating-IPs {cloud} {subnet} {network}'
-        there = view.named('', aggregate)
-        if address in there:
-            raise Conflict(f'{address} can be reserved already')
-        view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
-        return {'floatingip': view.host(derived_uuid(f'{aggregate} {address}')).shown}
-
-
 #: What Blazar's clients want to read of a host and cmres does not know.
 LIKE_ALL_HOSTS = {'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '',
                   'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': ''}
@@ -21751,22 +21524,19 @@ class LeaseHost(NamedTuple):
     """A host that can be reserved by its name, a floating IP, or a resource as a whole."""
     id: int | str
     name: str
-    resource: str
-    cloud: str
-    aggregate: str
-    holds: dict     # figures, by their names
+    place: Any    # the row of its resource
+    holds: dict   # figures, by their names
     extras: dict
-    added: int
-    whole: bool     # it is the resource
-    network: str    # it is a floating IP of that
+    whole: bool   # it is the resource
+    network: str  # it is a floating IP of that
 
     @property
     def shown(self) -> dict:
         """It as Blazar's clients read it."""
-        made = {'id': f'{self.id}', 'created_at': made_at(self.added), 'updated_at': None}
+        made = {'id': f'{self.id}', 'created_at': made_at(self.place.added), 'updated_at': None}
         if self.network:
             return made | {'floating_network_id': self.network, 'floating_ip_address': self.name,
-                           'subnet_id': self.aggregate.split(' ')[2], 'reservable': True}
+                           'subnet_id': network_behind(self.place)[1], 'reservable': True}
         figures = {name: self.holds.get(figure) or 0 for name, figure in (
             ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
         names = {'hypervisor_hostname': self.name, 'service_name': self.name}
@@ -21774,18 +21544,85 @@ class LeaseHost(NamedTuple):
 
     def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
         """Whether all of some conditions hold, each a comparison, a property and a value."""
-        there = self.shown | {'resource': self.resource, 'cloud': self.cloud,
-                              'aggregate': self.aggregate}
+        there = self.shown | {'resource': self.place.name, 'cloud': self.place.cloud,
+                              'aggregate': self.place.aggregate}
         return all(name in there and is_compared(comparison, f'{there[name]}', value)
                    for comparison, name, value in conditions)
 
 
-class LeaseView:
-    """Leases and hosts as one actor sees and changes them."""
+class LeaseApi:
+    """One request of Blazar's clients: leases and hosts as one actor sees and changes them."""
 
-    def __init__(self, acting: Reservations):
+    def __init__(self, acting: Reservations, token: str = ''):
         self.acting, self.actor = acting, acting.actor
-        self.token = ''  # of Keystone, with which the request came
+        self.token = token  # of Keystone, with which the request came
+
+    # Leases
+
+    def list_leases(self, given: dict) -> dict:
+        own = '' if self.actor.role == ADMIN else 'WHERE project = ?'
+        who = () if self.actor.role == ADMIN else (self.actor.project,)
+        return {'leases': self.leases(rows(
+            f'SELECT * FROM blazar_lease {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}', *who))}
+
+    def make_lease(self, given: dict) -> dict:
+        """Reserves all parts of a lease, or none."""
+        id, now, name = f'{uuid.uuid4()}', self.acting.clock(), lease_name(given)
+        start, end = read_lease_dates(given, now)
+        parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
+                 for each in lease_parts(given)]
+        lease = {'id': id, 'name': name, 'user': self.actor.user, 'project': self.actor.project,
+                 'start': start, 'end': end, 'before_end': lease_before_end(given, start, end),
+                 'parts': json.dumps(parts), 'added': int(now)}
+        if not parts:
+            with self.acting.writing():
+                insert(BlazarLease, **lease)
+            return {'lease': self.lease(id)}
+        requests = LeaseRequests(self.acting, lease, parts).requests()
+
+        def also(answer: dict) -> None:
+            if not rehearsal.on:
+                insert(BlazarLease, **lease)
+                self.hold(id, parts, requests, answer)
+        self.acting.reserve([request for request, _ in requests], also=also)
+        self.lend_groups(id)
+        return {'lease': self.lease(id)}
+
+    def change_lease(self, given: dict) -> dict:
+        """Changes a lease: its name, its dates, the number of what its parts have."""
+        id, now = given['id'], self.acting.clock()
+        dates = {name: lease_date(given[f'{name}_date'], now) for name in ('start', 'end')
+                 if given.get(f'{name}_date') is not None}
+
+        def deed(now: float) -> None:
+            found = self.row(id)
+            before, = self.leases([found])
+            self.change_dates(found, dates)
+            for each in lease_parts(given):
+                self.change_part(found, before, each)
+            self.write_changes(found, given, dates, now)
+        self.acting.carry_out(deed)
+        return {'lease': self.lease(id)}
+
+    def write_changes(self, found, given: dict, dates: dict[str, int], now: float) -> None:
+        """Writes what a lease has otherwise that its reservations don't know; in a transaction."""
+        new = {**dates}
+        if 'name' in given:
+            new['name'] = lease_name(given)
+        if 'before_end_date' in given:
+            window = {'start': found.start, 'end': found.end} | dates
+            new['before_end'] = lease_before_end(given, *window.values())
+        if new:
+            change(BlazarLease, found.id, **new, changed=int(now))
+
+    def end_lease(self, given: dict) -> None:
+        """Ends what a lease has, and forgets it."""
+        def deed(now: float) -> None:
+            found = self.row(given['id'])
+            self.end(found)
+            run('DELETE FROM blazar_lease WHERE id = ?', found.id)
+            run('DELETE FROM blazar_hold WHERE lease_id = ?', found.id)
+        self.acting.carry_out(deed)
 
     def lend_groups(self, id: str) -> None:
         """Makes the server groups of a lease that begins now: its client reads their ids once.
@@ -21806,8 +21643,6 @@ class LeaseView:
                     made = self.asks(account, call)
                     with self.acting.writing():
                         note_lent(lent, 'server_group', made)
-
-    # Leases
 
     def row(self, id: str):
         """The row of a lease; NotFound if there is none, Forbidden if it is of another project."""
@@ -21897,8 +21732,7 @@ class LeaseView:
         whose = [part['id'] for part, size in zip(parts, sizes) for _ in range(size)]
         for each, part in zip(answers, whose):
             made = row('SELECT reservation_id AS id FROM occurrence WHERE id = ?', each['id'])
-            run('INSERT INTO blazar_hold (reservation, lease_id, part) VALUES (?, ?, ?)',
-                made.id, id, part)
+            insert(BlazarHold, reservation=made.id, lease_id=id, part=part)
 
     def live(self, found, part: str = '') -> list:
         """The occurrences of a lease that are not over."""
@@ -21947,6 +21781,74 @@ class LeaseView:
 
     # Hosts
 
+    def add_host(self, given: dict) -> dict:
+        """Lets a host of an aggregate be reserved by its name."""
+        name = given.get('name') or given.get('id')
+        if not isinstance(name, str):
+            raise Invalid('Missing parameter name')
+        extras = read_extras({key: value for key, value in given.items()
+                              if key not in ('name', 'id')})
+        if any(host.name == name for host in self.hosts()):
+            raise Conflict(f"the host '{name}' can be reserved already")
+        cloud, (aggregate, *_) = self.first(
+            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
+            'aggregate first: openstack aggregate add host')
+        there = self.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
+        place = self.sync(cloud, aggregate._replace(hosts=there))
+        if aggregate.mark != place:
+            self.asks(cloud, lambda opened: opened.mark(aggregate, place))
+        self.set_extras(host_id(cloud, name), extras)
+        return {'host': self.host(host_id(cloud, name)).shown}
+
+    def change_host(self, given: dict) -> dict:
+        """Says more of a host, or something else; null says it no more."""
+        extras = read_extras({key: value for key, value in given.items() if key != 'id'})
+        if not extras:
+            raise Invalid('say what is to be otherwise, such as {"gpu": "2"}')
+        self.host(given['id'])
+        self.set_extras(given['id'], extras)
+        return {'host': self.host(given['id']).shown}
+
+    def remove_host(self, given: dict) -> None:
+        """Lets a host or floating IP no more be reserved by its name."""
+        host = self.host(given['id'])
+        cloud, aggregate = host.place.cloud, host.place.aggregate
+        left = self.named(cloud, aggregate)
+        if not left.pop(host.name, None):
+            raise Conflict(f"'{host.name}' is a resource, not a host: resource delete {host.name}")
+        if left:
+            self.sync(cloud, Aggregate(aggregate, left, ''))
+        else:
+            self.acting.resource_delete(host.place.name)
+        self.set_extras(host.id, dict.fromkeys(host.extras))
+
+    def show_allocation(self, given: dict) -> dict:
+        id = f"{self.host(given.pop('id')).id}"
+        found = [each for each in self.allocations(given) if each['resource_id'] == id]
+        return {'allocation': found[0] if found else {'resource_id': id, 'reservations': []}}
+
+    def list_properties(self, given: dict) -> dict:
+        """What can be asked of hosts; with `detail` also which values there are."""
+        hidden, values = said_of_hosts()[0], defaultdict(set)
+        for host in self.hosts():
+            for name, value in host.extras.items():
+                values[name].add(value)
+        shown = {name for name in values if name not in hidden or read_bool(given.get('all', '0'))}
+        detail = read_bool(given.get('detail', '0'))
+        return {'resource_properties': [{'property': name} | ({
+            'private': name in hidden, 'values': sorted(values[name])} if detail else {})
+            for name in sorted(shown)]}
+
+    def hide_property(self, given: dict) -> dict:
+        """Shows a property to everybody or hides it from lists."""
+        name, private = given['name'], read_bool(given.get('private', False))
+        if not any(name in host.extras for host in self.hosts()):
+            raise NotFound(f"no host has a property '{name}'")
+        self.set_extras(0, {name: 'private' if private else None})
+        return {'resource_property': {
+            'id': name, 'resource_type': 'physical:host', 'property_name': name,
+            'private': private, 'created_at': None, 'updated_at': None}}
+
     def hosts(self, addresses: bool = False) -> list[LeaseHost]:
         """All hosts that can be reserved by their names; of resources without such, themselves; or
         all floating IPs."""
@@ -21959,8 +21861,8 @@ class LeaseView:
                 id = (derived_uuid(f'{place.aggregate} {name}') if network else
                       host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
-                found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
-                                       figures | extras[id], place.added, not named, network))
+                found.append(LeaseHost(id, name, place, holds, figures | extras[id], not named,
+                                       network))
         return found
 
     def host(self, id: int | str) -> LeaseHost:
@@ -22012,9 +21914,7 @@ class LeaseView:
             'LEFT JOIN blazar_hold h ON h.reservation = r.id '
             f'WHERE o.due IS NOT NULL AND o."end" > ? AND o.cancelled IS NULL AND r.waiting IS NULL'
             f' ORDER BY o.start LIMIT {MOST_LEASES}', 0 if wanted else int(self.acting.clock()))
-        places = {each.name: each.id for each in self.acting.look.places()}
-        ids = {(places[each.resource], '' if each.whole else each.name): each.id
-               for each in self.hosts()}
+        ids = {(each.place.id, '' if each.whole else each.name): each.id for each in self.hosts()}
         lines = defaultdict(list)
         for each in found:
             line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
@@ -22026,6 +21926,22 @@ class LeaseView:
                 lines[host].append(line)
         return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
 
+    # Floating IPs
+
+    def add_address(self, given: dict) -> dict:
+        """Lets a floating IP of a network be reserved."""
+        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
+        if not isinstance(network, str) or not isinstance(address, str):
+            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
+        cloud, subnet = self.first(lambda opened: opened.subnet(network, address),
+                                   f'has {address} in a subnet of the network {network}')
+        aggregate = f'floating-IPs {cloud} {subnet} {network}'
+        there = self.named('', aggregate)
+        if address in there:
+            raise Conflict(f'{address} can be reserved already')
+        self.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
+        return {'floatingip': self.host(derived_uuid(f'{aggregate} {address}')).shown}
+
 
 class LeaseRequests:
     """A lease as requests of `add`, of which the first that fits is taken."""
@@ -22035,11 +21951,11 @@ class LeaseRequests:
         self.common = {name: each.default for name, each in API['add'].parameters.items()}
         self.common |= {'start': instant(lease['start']), 'end': instant(lease['end']),
                         'resource': ANY}
-        self.view = LeaseView(acting)
+        self.api = LeaseApi(acting)
 
     def requests(self) -> list[tuple[Request, list[int]]]:
         """Each with how many of its parts are of which part of the lease."""
-        spans = [(each.get('min', 1), each.get('max', 1)) for each in self.asked]
+        spans = [(each.get('min', 1), min(each.get('max', 1), MOST_PARTS)) for each in self.asked]
         label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
         for fewer in range(max(most - least for least, most in spans) + 1):
             sizes = [max(least, most - fewer) for least, most in spans]
@@ -22073,11 +21989,11 @@ class LeaseRequests:
         """The wishes for one part, wherever it could be; the reason if that is nowhere."""
         conditions = read_properties(asked.get('resource_properties', ''))
         conditions += read_properties(asked.get('hypervisor_properties', ''))
-        words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
-        if any(name in LEASE_WORDS and comparison not in ('=', '==')
-               for comparison, name, _ in conditions):
+        said = [each for each in conditions if each[1] in LEASE_WORDS]
+        if {comparison for comparison, _, _ in said} - {'=', '=='}:
             raise Invalid('what is started is said with ==, such as ["==", "$image", "ubuntu"]')
-        rest = [each for each in conditions if each[1] not in LEASE_WORDS]
+        words = {name: value for _, name, value in said}
+        rest = [each for each in conditions if each not in said]
         found, refusal = [], None
         for place in self.options(asked, rest):
             try:
@@ -22090,17 +22006,10 @@ class LeaseRequests:
 
     def options(self, asked: dict, conditions: list) -> Iterator[dict]:
         """Where a part could be: on a host, at an address, or on a resource."""
-        if asked['resource_type'] == 'virtual:floatingip':
-            others = {'', *asked['required_floatingips']} - {asked['address']}
-            for host in self.view.hosts(addresses=True):
-                if host.network == asked['network_id'] and host.name not in others and (
-                        asked['address'] in ('', host.name)):
-                    yield {'resource': host.resource, 'host': host.name, 'cloud_': ''}
-            return
-        if asked['resource_type'] == 'physical:host':
-            for host in self.view.hosts():
-                if not host.whole and host.meets(conditions):
-                    yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
+        if 'max' in asked:
+            for host in self.api.hosts(addresses='network_id' in asked):
+                if is_asked_for(host, asked) and host.meets(conditions):
+                    yield {'resource': host.place.name, 'host': host.name}
             return
         for name in {each[1] for each in conditions} - {*LEASE_PLACES}:
             raise Invalid(f"resource_properties: '{name}' is none of "
@@ -22110,23 +22019,22 @@ class LeaseRequests:
             there = {'resource': place.name} | {each: getattr(place, each) for each in PLACE}
             if all(is_compared(comparison, there[name], value)
                    for comparison, name, value in conditions):
-                yield {'resource': place.name, 'cloud_': place.cloud}
+                yield {'resource': place.name}
 
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
-        cloud = place.pop('cloud_')
         given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount'],
                                                'affinity': ON_HOSTS_SO[asked.get('affinity')]}
-        each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
-        if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
-            if not given['image']:
-                row = self.acting.look.resource_row(given['resource'])
-                size = Flavor(*each, disk=asked.get('disk_gb') or 1)  # as `lent_things` lends it
-                return given | {'each': takes_of(size, row)}
-            given['flavor'] = self.flavor(cloud, *each)
-        return given
+        if asked['resource_type'] != 'virtual:instance' or given['flavor']:
+            return given
+        row = self.acting.look.resource_row(given['resource'])
+        each = asked['vcpus'], asked['memory_mb']
+        if given['image']:
+            return given | {'flavor': self.flavor(row.cloud, *each)}
+        size = Flavor(*each, disk=asked['disk_gb'] or 1)  # as `lent_things` lends it
+        return given | {'each': takes_of(size, row)}
 
     def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
         """The smallest flavor in which so much fits."""
@@ -22140,6 +22048,13 @@ class LeaseRequests:
         if not fits:
             raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
         return min(fits)[1]
+
+
+def is_asked_for(host: LeaseHost, asked: dict) -> bool:
+    """Whether a part may have a host or a floating IP, whatever else is asked of it."""
+    others = {*asked.get('required_floatingips', ())} - {asked['address']}
+    return (not host.whole and host.network == asked.get('network_id', '')
+            and host.name not in others and asked['address'] in ('', host.name))
 
 
 def in_blazars_words(body: dict, status: int) -> dict:
@@ -22189,11 +22104,12 @@ def read_extras(given: dict) -> dict:
     return given
 
 
-def lease_list(value, name: str) -> list[dict]:
-    """A list of objects in a body."""
+def lease_parts(given: dict) -> list[dict]:
+    """The reservations that a body lists."""
+    value = given.get('reservations')
     if value is not None and not (isinstance(value, list) and all(
             isinstance(each, dict) for each in value)):
-        raise Invalid(f'{name}: {shown(value)} is not a list of objects')
+        raise Invalid(f'reservations: {shown(value)} is not a list of objects')
     return value or []
 
 
@@ -22219,7 +22135,7 @@ def lease_date(value, now: float) -> int:
 
 def read_lease_dates(given: dict, now: float) -> tuple[int, int]:
     """The window that a new lease asks for."""
-    for name in ('name', 'start_date', 'end_date'):
+    for name in ('start_date', 'end_date'):
         if given.get(name) is None:
             raise Invalid(f'Missing parameter {name}')
     start, end = (lease_date(given[name], now) for name in ('start_date', 'end_date'))
@@ -22249,14 +22165,7 @@ def read_lease_part(given: dict) -> dict:
                       f"{', '.join(LEASE_FIELDS)}")
     read = {'resource_type': kind}
     for name, of_type in LEASE_FIELDS[kind].items():
-        value = given.get(name)
-        if value is None and name not in LEASE_OPTIONAL:
-            raise Invalid(f'Missing parameter {name}')
-        try:
-            reader, usual = LEASE_READERS[of_type]
-            read[name] = reader(usual if value is None else value)
-        except ValueError as error:
-            raise Invalid(f'{name}: {error}') from None
+        read[name] = read_lease_field(name, of_type, given.get(name))
     if kind == 'physical:host' and not 0 < read['min'] <= read['max']:
         raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
     if read.get('amount', 1) < 1:
@@ -22266,6 +22175,17 @@ def read_lease_part(given: dict) -> dict:
             raise Invalid('required_floatingips: these are more than amount')
         read |= {'min': read['amount'], 'max': read['amount']}
     return read
+
+
+def read_lease_field(name: str, of_type: type, value):
+    """The value of a field, or what it is without one."""
+    if value is None and name not in LEASE_OPTIONAL:
+        raise Invalid(f'Missing parameter {name}')
+    reader, usual = LEASE_READERS[of_type]
+    try:
+        return reader(usual if value is None else value)
+    except ValueError as error:
+        raise Invalid(f'{name}: {error}') from None
 
 
 def read_affinity(value) -> bool | None:
@@ -22278,6 +22198,70 @@ def read_affinity(value) -> bool | None:
 #: What reads a field, and what it is without a value.
 LEASE_READERS = {int: (between(0, 10**9), 0), bool: (read_affinity, ''), list: (read_names, []),
                  str: (lambda value: read_str(f'{value}', most=4000), '')}
+
+
+#: The addresses of the API: what answers, and the operation that who asks must be allowed.
+LEASE_ROUTES = (
+    ('GET', '/leases', LeaseApi.list_leases, 'list'),
+    ('POST', '/leases', LeaseApi.make_lease, 'add'),
+    ('GET', '/leases/<id>', lambda api, given: {'lease': api.lease(given['id'])}, 'list'),
+    ('PUT', '/leases/<id>', LeaseApi.change_lease, 'update'),
+    ('DELETE', '/leases/<id>', LeaseApi.end_lease, 'delete'),
+    ('GET', '/os-hosts', lambda api, given: {'hosts': [each.shown for each in api.hosts()]},
+     'resource_list'),
+    ('POST', '/os-hosts', LeaseApi.add_host, 'resource_sync'),
+    ('GET', '/os-hosts/allocations', lambda api, given: {'allocations': api.allocations(given)},
+     'resource_list'),
+    ('GET', '/os-hosts/properties', LeaseApi.list_properties, 'resource_list'),
+    ('PATCH', '/os-hosts/properties/<name>', LeaseApi.hide_property, 'resource_sync'),
+    ('GET', '/os-hosts/<id:int>', lambda api, given: {'host': api.host(given['id']).shown},
+     'resource_list'),
+    ('PUT', '/os-hosts/<id:int>', LeaseApi.change_host, 'resource_sync'),
+    ('DELETE', '/os-hosts/<id:int>', LeaseApi.remove_host, 'resource_sync'),
+    ('GET', '/os-hosts/<id:int>/allocation', LeaseApi.show_allocation, 'resource_list'),
+    ('GET', '/floatingips', lambda api, given: {
+        'floatingips': [each.shown for each in api.hosts(addresses=True)]}, 'resource_list'),
+    ('POST', '/floatingips', LeaseApi.add_address, 'resource_sync'),
+    ('GET', '/floatingips/<id>', lambda api, given: {'floatingip': api.host(given['id']).shown},
+     'resource_list'),
+    ('DELETE', '/floatingips/<id>', LeaseApi.remove_host, 'resource_sync'))
+
+
+def mount_blazar(app, service: Reservations) -> None:
+    """Adds the addresses of the API to an application."""
+    def versions():
+        there = service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return sent(json_text({'versions': [{
+            'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0', 'max_version': '1.0',
+            'links': [{'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}), 300, UNKEPT)
+    for path in ('', '/versions'):
+        app.route(BLAZAR + path, 'GET', versions)
+    for verb, path, handle, needed in LEASE_ROUTES:
+        app.route(f'{BLAZAR}/v1{path}', verb, answering_blazar(service, handle, needed))
+
+
+def answering_blazar(service: Reservations, handle: Callable, needed: str) -> Callable:
+    """Answers who may call the operation that is needed; errors as Blazar's clients read them."""
+    def handler(**path):
+        request = bottle.request
+        try:
+            acting = service.acting(who_asks(service, request))
+            acting.wanted = while_there(request.environ)
+            with acting.shares.answering(acting.actor.user):
+                refuse_to(acting.actor, API[needed])
+                if acting.actor.resource is not None:
+                    raise Forbidden('this token is only for one resource, and leases are of all')
+                query = read_query(request) if request.method == 'GET' else {}
+                given = read_body(request, MOST_BODY) | path | query
+                answer = handle(LeaseApi(acting, keystone_token(service, request)), given)
+        except Error as error:
+            body = in_blazars_words(error_body(error), error.status)
+            return sent(json_text(body), error.status, UNKEPT | headers_of(error))
+        status = {'POST': 201, 'DELETE': 204}.get(request.method, 200)
+        return sent('' if status == 204 else json_text(answer), status,
+                    UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
+    return handler
 
 
 # CalDAV ######################################################################
@@ -27986,7 +27970,7 @@ def web(service: Reservations):
         return visit.laid_out('Not available' if failure.status_code >= 500 else 'Not here', body)
     app = rest(service, told, lambda request: pages.visit(request).actor)
     mount_caldav(app, service)
-    Blazar(service).mount(app)
+    mount_blazar(app, service)
     mount_pages(pages, app)
     return app
 

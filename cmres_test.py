@@ -19434,6 +19434,14 @@ def test_two_leases_may_have_one_name_and_any_name_becomes_a_label(leases):
     assert len(leases.world.service.list()) == len(names) - 2
 
 
+def test_a_lease_that_is_moved_is_announced_to_end_in_its_new_window(leases):
+    path = f"/leases/{leases.make(instances(1))['id']}"
+    earlier = {'start_date': '2026-12-01 12:10', 'end_date': '2026-12-01 12:50', 'before_end_date': '2026-12-01 12:40'}
+    found = leases.call('PUT', path, earlier)['lease']
+    assert {each['event_type']: each['time'] for each in found['events']}['before_end_lease'] == '2026-12-01T12:40:00.000000'
+    leases.call('PUT', path, {'start_date': '2026-12-01 12:20', 'before_end_date': '2026-12-01 12:15'}, status=403)
+
+
 @pytest.mark.parametrize('said, read', [
     (None, None), ('', None), ('None', None), ('True', True), ('False', False), (True, True), (False, False),
     ('yes', True), ('ON', True), (1, True), ('t', True), ('no', False), ('off', False), (0, False), ('N', False)])
@@ -19541,6 +19549,21 @@ def hosts(nova, tmp_path):
 def whole_hosts(least=1, most=1, said='', **more):
     return {'resource_type': 'physical:host', 'min': least, 'max': most, 'hypervisor_properties': said,
             'resource_properties': ''} | more
+
+
+def test_a_lease_of_very_many_hosts_is_answered_at_once(hosts):
+    hosts.call('POST', '/os-hosts', {'name': 'gpu-1'}, 201)
+
+    def too_late(*_):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(20)
+    try:
+        lease = hosts.make(whole_hosts(1, 10**9))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert lease['reservations'][0]['max'] == 10**9
 
 
 def test_hosts_are_taken_in_and_out(hosts, nova):
