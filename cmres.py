@@ -9918,7 +9918,7 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
     """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
     before it: a part is a series by the clock."""
     before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
-    stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC), 1)
+    stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC))
     # Its UNTIL is an instant; by the clock a day more holds no other change.
     rule = re.sub('(?<=UNTIL=)[^;]*', lambda last: (
         f'{read_until(last[0]) + timedelta(days=1):%Y%m%dT%H%M%S}'), stretch.rule)
@@ -9990,6 +9990,7 @@ class Entry:
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
         self.lines: dict[str, list[bytes]] = defaultdict(list)  # those that may be asked for
+        self.want: Want | None = None  # what it asks for, as soon as that was looked for
 
     @functools.cached_property
     def said(self) -> dict[str, list[tuple[str, str]]]:
@@ -10061,6 +10062,10 @@ class Entry:
         """Its length by the clocks, and the exact one after that: hours of a DURATION are exact."""
         nominal = int(getattr(self.length, 'nominal', self.length.total_seconds()))
         return nominal, int(self.length.total_seconds()) - nominal
+
+    @property
+    def vms(self) -> int:
+        return self.want.vms if self.want else 1
 
     @property
     def exception(self) -> bool:
@@ -10308,8 +10313,7 @@ class Timetable(NamedTuple):
         return all_slots(self.stretches, begin, until, self.zone)
 
 
-def timetable(entries: list[Entry], owner: tzinfo,
-              vms: Callable[[Entry], int] = lambda entry: 1) -> Timetable:
+def timetable(entries: list[Entry], owner: tzinfo) -> Timetable:
     """When a series and its exceptions occur, cancelled ones too; Error if that is not clear."""
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
@@ -10319,14 +10323,13 @@ def timetable(entries: list[Entry], owner: tzinfo,
     if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
         raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
     clock = clock_of(entries, owner)
-    stretches = [plain_stretch(head, clock, vms(head))]
+    stretches = [plain_stretch(head, clock)]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
         keys = tuple(sorted(exceptions))
         exceptions = exceptions if len(keys) > 1 else {}
         stretches = [stretches[0]._replace(dates=keys if len(keys) > 1 else ())]
-    stretches = overridden(stretches, exceptions, clock, vms)
-    return Timetable(stretches, clock.here, head.status,
+    return Timetable(overridden(stretches, exceptions, clock), clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
 
 
@@ -10341,17 +10344,17 @@ def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
     return found
 
 
-def plain_stretch(entry: Entry, clock: Clock, vms: int) -> Stretch:
+def plain_stretch(entry: Entry, clock: Clock) -> Stretch:
     """A series as if it had no exceptions."""
     first, (length, exact) = clock.wall(entry.start).isoformat(), entry.lengths
     name = 'UTC' if clock.here is UTC else getattr(clock.here, 'key', '')
     if entry.exception:
-        return Stretch(first, length, name, vms, 0, exact=exact)
+        return Stretch(first, length, name, entry.vms, 0, exact=exact)
     rule, dates = rule_of(entry, clock), tuple(added_dates(entry, clock))
     skips = tuple(clock.slot(moment).isoformat()[:10 if moment.whole or clock.first.whole else None]
                   for moment, _ in entry.listed('EXDATE'))
     dates = (first, *dates) if rule or dates else ()
-    return Stretch(first, length, name, vms, 0, rule, dates, skips, exact=exact)
+    return Stretch(first, length, name, entry.vms, 0, rule, dates, skips, exact=exact)
 
 
 def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
@@ -10365,8 +10368,8 @@ def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
         yield f'{wall.isoformat()}{length}'
 
 
-def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Clock,
-               vms: Callable[[Entry], int]) -> list[Stretch]:
+def overridden(stretches: list[Stretch], exceptions: dict[str, Entry],
+               clock: Clock) -> list[Stretch]:
     """A series with its exceptions: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
     moved = {}
     for key, entry in sorted(exceptions.items()):
@@ -10379,10 +10382,9 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
             if rest and (slot == first or last.rule and on_rule(last.rule, first, slot)):
                 STEPS.take(5 * len(stretches))
                 stretches, moved = with_moved(stretches, moved), {}
-                stretches = following(stretches, key, entry, start, length=length, exact=exact,
-                                      vms=vms(entry))
+                stretches = following(stretches, key, entry, start)
             else:
-                moved[key] = start.isoformat(), length, vms(entry), exact
+                moved[key] = start.isoformat(), length, entry.vms, exact
     return with_moved(stretches, moved)
 
 
@@ -10397,8 +10399,8 @@ def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretc
     return found
 
 
-def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
-              **changes) -> list[Stretch]:
+def following(stretches: list[Stretch], key: str, entry: Entry,
+              start: datetime) -> list[Stretch]:
     """A series that is otherwise from a slot on, or over."""
     if entry.status == 'CANCELLED':
         return [each._replace(until=min(each.until or key, key)) for each in stretches]
@@ -10406,7 +10408,9 @@ def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
     if day := re.search(r'UNTIL=(\d{8}T235959)', last.rule):  # after that day nothing begins
         end = (read_until(day[1]) - shift + timedelta(seconds=1)).isoformat()
         stretches = [*stretches[:-1], last._replace(until=min(last.until or end, end))]
-    return cut_stretches(stretches, key, shift=int(shift.total_seconds()) - last.shift, **changes)
+    length, exact = entry.lengths
+    return cut_stretches(stretches, key, shift=int(shift.total_seconds()) - last.shift,
+                         length=length, exact=exact, vms=entry.vms)
 
 
 def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
@@ -10472,49 +10476,44 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
         if FEED_UID.fullmatch(uid):
             continue
         more = len(found) >= MOST_EVENTS
-        booking = booking_of(uid, groups[uid], owner, begin, until, defaults, budget, more, usual)
+        booking = booking_of(uid, groups[uid], owner, begin, until, defaults, usual, budget, more)
         if booking:  # else it wants nothing
             found[uid] = booking
     return [found[uid] for uid in groups if uid in found]
 
 
 def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
-               defaults: Want, budget: Budget, too_many: bool = False,
-               usual: Want | None = None) -> Booking | None:
+               defaults: Want, usual: Want | None, budget: Budget,
+               too_many: bool) -> Booking | None:
     """What the events of one UID want; what they say badly refuses them alone."""
     head = group[0]
     try:
         with naming(head), budget.event(may_repeat(group)):
-            wants = wants_of(group, defaults, usual)
-            group = [each for each in group if each.line in wants]
+            read_wants(group, defaults, usual)
+            group = [each for each in group if each.want]
             if not group:
                 return None
             head = group[0]
             if too_many:
                 raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
                               'Put it into a calendar of its own.')
-            table = timetable(group, owner, lambda entry: wants[entry.line].vms)
-            said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
+            stretches = wanted_stretches(timetable(group, owner), group, begin, until)
+            said = head.want, *stretches, digest_of(group)
     except BadCalendar as error:
         said = defaults, [], False, '', str(error)
     title = re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', head.text('SUMMARY'))[:1000]
     return Booking(uid, title, guessed(head), head.name, *said)
 
 
-def wants_of(group: list[Entry], defaults: Want, usual: Want | None = None) -> dict[int, Want]:
-    """What events want, by their lines; exceptions as their series unless they say."""
-    wants: dict[int, Want] = {}
+def read_wants(group: list[Entry], defaults: Want, usual: Want | None) -> None:
+    """Reads what events want; exceptions as their series unless they say."""
     head = group[0]
     for entry in group:
         with naming(entry):
-            said = want_of(entry, wants.get(head.line, defaults))
-            if want := said or wants.get(head.line) or usual:
-                wants[entry.line] = want
-    kinds = {want._replace(vms=1) for want in wants.values()}
-    if len(kinds) > 1:
+            entry.want = want_of(entry, head.want or defaults) or head.want or usual
+    if len({each.want._replace(vms=1) for each in group if each.want}) > 1:
         raise BadCalendar(f'{head.name}: its occurrences do not all ask for the same flavor, '
                           'image and resource. Make the different ones an event of their own.')
-    return wants
 
 
 def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
@@ -10571,11 +10570,11 @@ def plain_text(text: str) -> str:
     return text.strip()
 
 
-def marks_of(entry: Entry) -> list[re.Match]:
+def mark_of(entry: Entry) -> re.Match | None:
     """Where an event says in so many words that it wants machines."""
     text = entry.text('DESCRIPTION')
     texts = entry.text('SUMMARY'), plain_text(text) if MAYBE_MARKED.search(text) else ''
-    return [*filter(None, map(MARKED.search, texts))]
+    return next(filter(None, map(MARKED.search, texts)), None)
 
 
 def spoken(entry: Entry) -> re.Match | None:
@@ -10587,7 +10586,7 @@ def spoken(entry: Entry) -> re.Match | None:
 
 def guessed(entry: Entry) -> str:
     """The flavor in words that look like a wish; '' where it is said that there is one."""
-    said = None if marks_of(entry) else spoken(entry)
+    said = None if mark_of(entry) else spoken(entry)
     return said[2] if said else ''
 
 
@@ -10606,17 +10605,13 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
 
 def worded_want(entry: Entry, defaults: Want) -> Want | None:
     """What its title, its description or its place says that it wants."""
-    for match in marks_of(entry):
-        said = WANT.fullmatch(match[1].strip())
-        if not said and match[1].strip():
-            raise Invalid(f'{shown(match[0][:80])} is not valid. Write for example: #vm 2 x '
-                          'm1.small')
-        return spoken_want(said, defaults) if said else defaults
-    said = spoken(entry)
-    return spoken_want(said, defaults) if said else None
-
-
-def spoken_want(said: re.Match, defaults: Want) -> Want:
+    mark = mark_of(entry)
+    words = mark[1].strip() if mark else ''
+    said = WANT.fullmatch(words) if mark else spoken(entry)
+    if words and not said:
+        raise Invalid(f'{shown(mark[0][:80])} is not valid. Write for example: #vm 2 x m1.small')
+    if not said:
+        return defaults if mark else None
     vms, flavor, image, resource = said.groups()
     flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
