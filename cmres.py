@@ -9780,6 +9780,7 @@ MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
 MOST_ALIKE = 100        # series of one UID
+MOST_UID = 1500         # bytes of one: indexes of PostgreSQL take no more than 2704
 MOST_CHANGES = 2000     # of the clocks of a time zone that a part of it describes
 LAST_CHANGE = 230 * 366 * 86400  # seconds after 1970 of the last one
 MOST_NESTING = 8
@@ -10087,11 +10088,12 @@ class Entry:
 
     @functools.cached_property
     def uid(self) -> str:
-        """Its UID; for one without it a name by its start and title, which stays while they do."""
+        """Its UID, or a name by that if it is very long; for one without it a name by its start and
+        title, which stays while they do."""
         if (named := self.read('UID', 1)) and (uid := unescaped(named[0][1]).strip()):
-            return uid
+            return uid if len(uid.encode()) <= MOST_UID else f'long-uid-{sha256_of(uid)}'
         named = repr([self.read(name, 9) or None for name in ('DTSTART', 'SUMMARY')])
-        return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
+        return f'without-uid-{sha256_of(named)[:12]}'
 
     @property
     def name(self) -> str:
@@ -10560,7 +10562,11 @@ def digest_of(group: list[Entry]) -> str:
     """By what a change of events is known; SEQUENCE alone is none."""
     said = [sorted((name, each.said[name]) for name in each.said if name != 'SEQUENCE')
             for each in group]
-    return hashlib.sha256(repr(said).encode('utf8', 'surrogatepass')).hexdigest()
+    return sha256_of(repr(said))
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode('utf8', 'surrogatepass')).hexdigest()
 
 
 def plain_text(text: str) -> str:
@@ -10683,7 +10689,7 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
 
 
 def etag_of(text: str) -> str:
-    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+    return f'"{sha256_of(text)[:32]}"'
 
 
 def whole_calendar(parts: str, *head: str) -> str:
@@ -21641,7 +21647,7 @@ class LeaseApi:
 
     def row(self, id: str):
         """The row of a lease; NotFound if there is none, Forbidden if it is of another project."""
-        found = row('SELECT * FROM blazar_lease WHERE id = ?', id)
+        found = row('SELECT * FROM blazar_lease WHERE id = ?', id) if '\0' not in id else None
         if not found:
             raise NotFound(f"there is no lease {shown(id)}")
         if self.actor.role != ADMIN and found.project != self.actor.project:
@@ -22082,7 +22088,7 @@ def read_properties(text: str) -> list[tuple[str, str, str]]:
         each = said[1:] if said and said[0] == 'and' else [said] if said else []
         found = [(comparison, name.removeprefix('$'), f'{value}')
                  for comparison, name, value in each if COMPARED[comparison]]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Invalid(f'Malformed requirements {shown(text)}: write ["==", "$image", "ubuntu"], '
                       'and several as ["and", [...], [...]]') from None
     return found
@@ -22154,7 +22160,7 @@ def lease_before_end(given: dict, start: int, end: int) -> int | None:
 def read_lease_part(given: dict) -> dict:
     """What a part of a lease asks for, by the fields of its type."""
     kind = given.get('resource_type')
-    if kind not in LEASE_FIELDS:
+    if kind not in [*LEASE_FIELDS]:  # it may be a list
         raise Invalid('Missing parameter resource_type' if kind is None else
                       f'The {kind} resource type is not supported here; there are '
                       f"{', '.join(LEASE_FIELDS)}")
@@ -22592,7 +22598,8 @@ class Folder:
 
     def find(self, name: str):
         """What it has under a name; None if nothing."""
-        return next(iter(self.objects('name = ? AND gone IS NULL', name)), None)
+        found = [] if '\0' in name else self.objects('name = ? AND gone IS NULL', name)
+        return next(iter(found), None)
 
     @property
     def newest(self) -> int:
@@ -22649,6 +22656,9 @@ class Folder:
         if not entries or OTHER_KINDS.search(text):
             raise Refused(403, 'C:supported-calendar-component',
                           'only events are reserved here, no tasks and nothing else')
+        if len(events_in(components(text))) != len(entries):
+            raise Refused(403, 'C:valid-calendar-data', 'each event has to begin with a line '
+                          'BEGIN:VEVENT')
         groups = by_uid(entries)
         if len(groups) > 1 or METHOD_LINE.search(text):
             raise Refused(403, 'C:valid-calendar-object-resource',
@@ -23397,7 +23407,7 @@ class Dav:
         if verb in ('MKCALENDAR', 'MKCOL'):
             raise Refused(403, 'C:calendar-collection-location-ok', 'there is a calendar for each '
                           'resource, and no others can be made here')
-        if len(self.names) > 3:
+        if len(self.names) > 3 or NO_XML.search(self.request.path):
             raise NotFound('there is nothing at this address')
         if len(self.names) > 1:
             self.folder  # there must be one
@@ -23620,12 +23630,12 @@ class Dav:
         wanted, found = wanted_in(root), []
         hrefs = ((each.text or '').strip() for each in root.iterfind('D:href', NAMESPACES))
         for href in dict.fromkeys(hrefs):
-            names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
             try:
+                names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
                 if names[:2] != self.names[:2] or len(names) != 3:
                     raise NotFound(href)
                 found.append(self.told(wanted, self.item(names[2])))
-            except NotFound:
+            except (NotFound, ValueError):  # or it is no address
                 found.append(response_text(xml_text(href), status='404 Not Found'))
         return multistatus(found)
 

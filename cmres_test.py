@@ -19462,12 +19462,14 @@ def test_affinity_has_many_spellings(leases, said, read):
     ({'reservations': [instances(affinity='maybe')]}, 'affinity: "maybe" is none of True, False and None'),
     ({'reservations': [instances(resource_properties='["or", ["==", "$a", "1"]]')]}, 'Malformed requirements'),
     ({'reservations': [instances(resource_properties='["~", "$a", "1"]')]}, 'Malformed requirements'),
+    ({'reservations': [instances(resource_properties='[' * 3900)]}, 'Malformed requirements'),
     ({'reservations': [instances(resource_properties='{}')]}, None),
     ({'reservations': [instances(resource_properties='["==", "$imagee", "x"]')]}, "resource_properties: 'imagee' is none of"),
     ({'reservations': [instances(resource_properties='[">=", "$image", "x"]')]}, 'what is started is said with =='),
     ({'reservations': [instances(resource_properties='["==", "$image", "cirros!"]')]},
      "The cloud simulated has no image 'cirros!'. Did you mean 'cirros'?"),
     ({'reservations': [{'resource_type': 'virtual:network'}]}, 'The virtual:network resource type is not supported'),
+    ({'reservations': [{'resource_type': ['virtual:instance']}]}, "The ['virtual:instance'] resource type is not supported"),
     ({'reservations': [floating(2, required_floatingips={'x': 1})]}, 'required_floatingips: {"x": 1} is not a list'),
     ({'reservations': [floating(1, required_floatingips=['a', 'b'])]}, 'required_floatingips: these are more than amount'),
     ({'reservations': [{}]}, 'Missing parameter resource_type'), ({'reservations': 'x'}, 'reservations: "x" is not a list'),
@@ -19787,6 +19789,36 @@ def dav(world):
 
 def reserved_at(world, label='lesson'):
     return [each['start'] for each in world.service.list(label, state=['reserved'])]
+
+
+@pytest.mark.parametrize('begin', ['BEGIN: VEVENT', 'BEGIN:VEV\r\n ENT'])
+def test_an_event_whose_begin_is_written_otherwise_stops_no_program(dav, begin):
+    asks = drawn('two', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:99 x m1.small')
+    dav.put('two', asks.replace('BEGIN:VEVENT', begin), 403).mustcontain('valid-calendar-data')
+    dav.put('two', asks, 201)
+    assert [*dav.changes()[1]] == ['two.ics']
+
+
+def test_a_uid_may_be_of_any_length(dav, world):
+    dice = random.Random(1)
+    one, two = (''.join(dice.choices('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ', k=9000)) for _ in range(2))
+    dav.put('one', drawn(one), 201)
+    dav.put('one', drawn(one, '20261201T150000Z', '20261201T170000Z'), 204)
+    assert reserved_at(world) == [NOON + hours(3)]
+    dav.put('two', drawn(one), 403).mustcontain('no-uid-conflict')
+    asks = drawn(two, '20261203T140000Z', '20261203T160000Z', 'DESCRIPTION:1 x m1.small')
+    outcomes = [world.service.import_(asks, resource='demo')['events'][0]['outcome'] for _ in range(2)]
+    assert outcomes == ['booked', 'unchanged']
+
+
+def test_addresses_that_cannot_be_are_those_of_nothing(dav, leases):
+    for verb in ('GET', 'PUT', 'DELETE', 'PROPFIND'):
+        dav.ask(verb, 'demo/a%00b.ics', drawn() if verb == 'PUT' else '', status=404)
+    leases.call('GET', '/leases/a%00b', status=404)
+    hrefs = ''.join(f'<D:href>{each}</D:href>' for each in ('//[', '/dav/eva/demo/a%00b.ics'))
+    answer = dav.ask('REPORT', 'demo/', '<C:calendar-multiget xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:caldav">'
+                     f'<D:prop><D:getetag/></D:prop>{hrefs}</C:calendar-multiget>', status=207)
+    assert answer.text.count('404 Not Found') == 2
 
 
 def test_an_event_that_is_drawn_dragged_and_deleted_is_a_reservation(dav, world):
