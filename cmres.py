@@ -16709,14 +16709,25 @@ FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description) AS description,')
 
 
+#: What the events of a calendar get that they don't say.
+EVENT_DEFAULTS = {
+    'resource': (Label, ''), **dict.fromkeys(('flavor', 'image', 'network', 'key'), (Name, '')),
+    'vms': (Count, 1), 'at_end': (Name, ''), 'notify': (Names, ()),
+    'on_conflict': (Clash, 'refuse'), 'tz': (Zone, ''), 'user': (Name, ''), 'project': (Name, '')}
+#: The feeds and subscriptions that are in force.
+ACTIVE = {'feed': 'revoked IS NULL', 'subscription': 'due IS NOT NULL'}
 #: The fact: up to which revision nothing is known any more of objects that were deleted.
 FORGOTTEN = 'calendars forgotten'
 
 
-def addresses_of(occurrence: int) -> list[str]:
-    found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
-                 "AND goal = 'up' ORDER BY n", occurrence)
-    return [each for one in found for each in json.loads(one.addresses)]
+def addresses_of(occurrences: list[int]) -> dict[int, list[str]]:
+    """The addresses of the servers that run, by occurrence."""
+    found: dict = defaultdict(list)
+    for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
+                     "numbers(?) AND due IS NOT NULL AND goal = 'up' ORDER BY occurrence_id, n",
+                     json.dumps(occurrences)):
+        found[each.occurrence_id] += json.loads(each.addresses)
+    return found
 
 
 def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
@@ -16737,10 +16748,8 @@ class Calendars(Operations):
     """Imports, subscriptions and feeds."""
 
     @api('POST', '/reservation/import', 'import class.ics --resource demo --image cirros --dry-run')
-    def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '',
-                network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
-                notify: Names = (), on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
-                project: Name = '', dry_run: bool = False, asked: dict = None) -> ImportAnswer:
+    def import_(self, file: Ics, *, dry_run: bool = False, asked: dict = None,
+                **defaults: EVENT_DEFAULTS) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its location,
@@ -16984,10 +16993,10 @@ class Calendars(Operations):
         feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce("
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
-                     f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
+                     f"AS shows, added FROM feed WHERE {ACTIVE['feed']} {own} ORDER BY id", *who)
         subscribed = rows("SELECT id, 'subscription' AS kind, user, project, url AS shows, added, "
                           'polled, fault, held, held AS needs_confirmation FROM subscription '
-                          f'WHERE due IS NOT NULL {own} ORDER BY id', *who)
+                          f"WHERE {ACTIVE['subscription']} {own} ORDER BY id", *who)
         return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
                                        for each in subscribed)]
 
@@ -17014,20 +17023,12 @@ class Calendars(Operations):
     @api('DELETE', '/calendar/<id>', 'calendar revoke 1')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Disables the address of a feed at once."""
-        with self.writing(dry_run) as now:
-            found = self.own_calendar('feed', 'revoked IS NULL', id)
-            change(Feed, id, revoked=int(now))
-            self.journal(now, 'calendar', f'revoked feed {id}')
-            return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
-                    'revoked': instant(int(now))}
+        return self.changed_calendar('feed', id, dry_run, 'revoked feed', revoked=int(self.clock()))
 
     @api('POST', '/calendar/subscription/',
          'calendar subscribe https://example.org/secret/eva.ics --resource demo', made='/calendar/')
-    def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '',
-                           image: Name = '', network: Name = '', key: Name = '', vms: Count = 1,
-                           at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                           tz: Zone = '', user: Name = '', project: Name = '',
-                           dry_run: bool = False, asked: dict = None) -> CalendarAnswer:
+    def calendar_subscribe(self, url: Url, *, dry_run: bool = False, asked: dict = None,
+                           **defaults: EVENT_DEFAULTS) -> CalendarAnswer:
         """Subscribes to a calendar: cmres reserves, moves and cancels VMs when its events change.
 
         cmres reads it every five minutes (`calendar_poll`). Its events ask for VMs as those of
@@ -17035,60 +17036,67 @@ class Calendars(Operations):
         more than half of the future occurrences, it waits for `calendar confirm`. Running VMs stay
         until their end.
         """
-        said = {name: value for name, value in asked.items() if name not in ('url', 'dry_run')}
-        said['user'], said['project'] = self.owner(said)
-        said['resource'] = self.look.id_of(resource) or 0
+        user, project = self.owner(asked)
+        said = {name: asked[name] for name in EVENT_DEFAULTS} | {
+            'user': user, 'project': project, 'resource': self.look.id_of(asked['resource']) or 0}
+        host = self.host_to_ask(url)
+        with self.writing(dry_run) as now:
+            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due '
+                   'IS NOT NULL', url, user, project):
+                raise Conflict('You have already subscribed to this calendar.',
+                               hint='calendar list')
+            self.refuse_one_more('subscriptions', user, project)
+            id = insert(Subscription, user=user, project=project, url=url,
+                        defaults=json.dumps(said), notify=json.dumps([*asked['notify']]),
+                        added=int(now), due=now, etag='', modified='', fault='', held='',
+                        refused='{}', confirmed=False, tries=0)
+            self.journal(now, 'calendar', f'subscribed to a calendar at {host}')
+        return {'id': id, 'kind': 'subscription', 'user': user, 'project': project, 'shows': host}
+
+    def host_to_ask(self, url: str) -> str | None:
+        """The host of a calendar's address, if cmres may ask it."""
         try:
             parts = urlsplit(url)
-            host, port = parts.hostname or '', parts.port or 443
+            host, port = parts.hostname, parts.port or 443
         except ValueError:
             raise Invalid('url: this is not an address with a host. Write one like '
                           'https://example.org/eva.ics.') from None
         try:
-            self.shares.ask(f'the host {host}', lambda: allowed_address(self.config, host, port))
+            self.shares.ask(f'the host {host}', lambda: allowed_address(
+                self.config, host or '', port))
         except (OSError, ValueError) as error:
             raise Invalid(f'url: {error}') from None
-        with self.writing(dry_run) as now:
-            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due '
-                   'IS NOT NULL', url, said['user'], said['project']):
-                raise Conflict('You have already subscribed to this calendar.',
-                               hint='calendar list')
-            self.refuse_one_more('subscriptions', said['user'], said['project'])
-            id = insert(Subscription, user=said['user'], project=said['project'], url=url,
-                        defaults=json.dumps(said), notify=json.dumps([*notify]), added=int(now),
-                        due=now, etag='', modified='', fault='', held='', refused='{}',
-                        confirmed=False, tries=0)
-            self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
-        return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
-                'shows': parts.hostname}
+        return host
 
     @api('DELETE', '/calendar/subscription/<id>', 'calendar unsubscribe 1')
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops reading a calendar; its reservations stay."""
-        return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
+        return self.changed_calendar('subscription', id, dry_run, 'unsubscribed from calendar',
+                                     due=None)
 
     @api('POST', '/calendar/subscription/<id>/confirm', 'calendar confirm 1')
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Confirms that a calendar may cancel most of its reservations."""
-        if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
+        if not self.own_calendar('subscription', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
-        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='',
-                                         modified='', due=self.clock())
+        return self.changed_calendar('subscription', id, dry_run, 'confirmed calendar',
+                                     confirmed=True, etag='', modified='', due=self.clock())
 
-    def changed_subscription(self, id: int, dry_run: bool, what: str, **values) -> dict:
-        """Changes a subscription of one's own, and tells which it was."""
+    def changed_calendar(self, kind: str, id: int, dry_run: bool, what: str, **values) -> dict:
+        """Changes a feed or a subscription of one's own, and tells which it was."""
         with self.writing(dry_run) as now:
-            found = self.own_calendar('subscription', 'due IS NOT NULL', id)
-            change(Subscription, id, **values)
+            found = self.own_calendar(kind, id)
+            change(Feed if kind == 'feed' else Subscription, id, **values)
             self.journal(now, 'calendar', f'{what} {id}')
-        return {'id': id, 'kind': 'subscription', 'user': found.user, 'project': found.project,
-                'shows': urlsplit(found.url).hostname}
+        more = ({'revoked': instant(values['revoked'])} if kind == 'feed'
+                else {'shows': urlsplit(found.url).hostname})
+        return {'id': id, 'kind': kind, 'user': found.user, 'project': found.project} | more
 
-    def own_calendar(self, table: str, condition: str, id: int):
+    def own_calendar(self, kind: str, id: int):
         """A feed or a subscription that is in force and one's own; NotFound if there is none."""
-        found = row(f'SELECT * FROM {table} WHERE id = ? AND {condition}', id)
+        found = row(f'SELECT * FROM {kind} WHERE id = ? AND {ACTIVE[kind]}', id)
         if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
-            raise NotFound(f'There is no active {table} {id}.')
+            raise NotFound(f'There is no active {kind} {id}.')
         return found
 
     def poll(self, subscription) -> dict:
@@ -17182,12 +17190,7 @@ class Calendars(Operations):
         """What a feed shows, others' as busy only, and until when that holds."""
         found = self.look.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1,
                                fields=FOR_FEEDS)
-        servers: dict = defaultdict(list)
-        for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
-                         "numbers(?) AND due IS NOT NULL AND goal = 'up'",
-                         json.dumps([each.id for each in found])):
-            servers[each.occurrence_id] += json.loads(each.addresses)
-        now = self.clock()
+        servers, now = addresses_of([each.id for each in found]), self.clock()
         turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
         shown = [self.feed_event(each, feed, servers[each.id])
                  for each in found[:MOST_SHOWN_BY_FEED]
@@ -18441,7 +18444,8 @@ class Workers:
         if unwanted or not found or not coming and found.cancelled is None:
             return
         goes = not coming or notice.target not in json.loads(found.invite)
-        lines = [found.description, *log_in_lines(self.config, found, addresses_of(found.id))]
+        addresses = addresses_of([found.id])[found.id]
+        lines = [found.description, *log_in_lines(self.config, found, addresses)]
         first, method = (coming or [found])[0], 'CANCEL' if goes else 'REQUEST'
         state = 'CANCELLED' if goes else (
             'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
@@ -22772,7 +22776,7 @@ def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
         return ''
     when = format_time(instant(current.start), zone)
     head = f'{when}: {current.state}' if current.repeats else current.state
-    lines = log_in_lines(acting.config, current, addresses_of(current.id))
+    lines = log_in_lines(acting.config, current, addresses_of([current.id])[current.id])
     return '\n'.join(filter(None, [head, *lines, current.fault]))
 
 
@@ -22989,7 +22993,8 @@ class Draft:
         """What the event asks for; what it doesn't say stays as it was reserved."""
         acting, booking, known = self.acting, self.booking, self.known
         old = known and known.over > acting.clock() and acting.look.next_of(known.id)
-        said = NOTHING_SAID | (acting.wishes.unaltered(old) if old else {})
+        said = {name: usual for name, (_, usual) in EVENT_DEFAULTS.items()}
+        said |= acting.wishes.unaltered(old) if old else {}
         said |= {'on_conflict': 'skip' if repeats(booking) else 'refuse'}
         before = self.had.text if self.had else ''
         guests, invited = guests_in(self.event.text), guests_in(before)
@@ -23106,10 +23111,6 @@ class Draft:
                 gone = acting.look.live(known)
                 acting.admission.cancel(gone, now, 'deleted in the calendar', ends=True)
             self.folder.write(self.name, '', '', gone=int(now), reservation=None)
-
-
-#: What a calendar program doesn't say of a new event, named as in `import`.
-NOTHING_SAID = Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': ''}
 
 
 def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
