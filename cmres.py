@@ -10528,18 +10528,26 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
         cancelled = len(gone) == len(table.status)
     if gone:
         stretches = [stretch._replace(skips=(*stretch.skips, *gone)) for stretch in stretches]
-    longest = max(length for stretch in stretches for length in lengths_of(stretch))
-    if longest > MOST_LENGTH:
-        raise Invalid(f'It is {format_duration(longest)} long. At most {MOST_LENGTH // 86400} '
+    lengths = [length for stretch in stretches for length in lengths_of(stretch)]
+    if max(lengths) > MOST_LENGTH:
+        raise Invalid(f'It is {format_duration(max(lengths))} long. At most {MOST_LENGTH // 86400} '
                       'days are possible.')
+    since = (begin - timedelta(days=2)).strftime('%Y-%m-%dT%H:%M:%S')
+    coming = [length for stretch in stretches if not stretch.until or stretch.until > since
+              for length in lengths_of(stretch, since)]
+    if 0 in coming and any(coming) and not cancelled:
+        raise Invalid('One of its occurrences ends when it starts.')
     if not stretches[0].zone:
         stretches = spelled_out(table._replace(stretches=stretches), begin, until)
     return stretches, cancelled
 
 
-def lengths_of(stretch: Stretch) -> list[int]:
-    periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
-    moved = (each[1] + sum(each[3:]) for each in stretch.moved.values())
+def lengths_of(stretch: Stretch, since: str = '') -> list[int]:
+    """The lengths that its occurrences have, of those that are otherwise from a wall time on."""
+    periods = (int(each.partition('/')[2]) for each in stretch.dates
+               if '/' in each and each >= since)
+    moved = (each[1] + sum(each[3:]) for key, each in stretch.moved.items()
+             if key not in stretch.skips and each[0] >= since)
     return [stretch.length + stretch.exact, *moved, *periods]
 
 

@@ -25218,6 +25218,17 @@ def test_whole_days_of_exchange_are_the_same_days_in_every_zone(service, tz):
     assert walls == [f'2027-{day}T00:00:00' for day in ('01-06', '01-21', '01-27', '02-03')]
 
 
+@pytest.mark.parametrize('more, outcome', [
+    ('RDATE;VALUE=PERIOD:20261205T130000Z/20261205T130000Z', 'refused'), ('RDATE;VALUE=PERIOD:20261105T130000Z/20261105T130000Z', 'booked'),
+    (('RECURRENCE-ID:20261202T130000Z', 'DTSTART:20261202T130000Z'), 'refused'),
+    (('RECURRENCE-ID;RANGE=THISANDFUTURE:20261202T130000Z', 'DTSTART:20261202T130000Z'), 'refused'),
+    (('RECURRENCE-ID:20261202T130000Z', 'DTSTART:20261202T130000Z', 'STATUS:CANCELLED'), 'booked')])
+def test_an_occurrence_without_length_refuses_its_own_event(service, more, outcome):
+    lines, exceptions = ([more], '') if isinstance(more, str) else ([], event(*more))
+    body = asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=3', *lines) + exceptions + asks(13, 14, uid='two')
+    assert by_uid(take(service, body)) == {'one': outcome, 'two': 'booked'}
+
+
 def test_one_series_of_two_flavors_is_refused_and_not_booked_as_one(service):
     answer = take(service, asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=3') + event(
         'RECURRENCE-ID:20261202T130000Z', 'DTSTART:20261202T130000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.medium'))
