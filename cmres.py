@@ -10528,18 +10528,22 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
         cancelled = len(gone) == len(table.status)
     if gone:
         stretches = [stretch._replace(skips=(*stretch.skips, *gone)) for stretch in stretches]
-    lengths = [length for stretch in stretches for length in lengths_of(stretch)]
-    if max(lengths) > MOST_LENGTH:
-        raise Invalid(f'It is {format_duration(max(lengths))} long. At most {MOST_LENGTH // 86400} '
+    longest = max(length for stretch in stretches for length in lengths_of(stretch))
+    if longest > MOST_LENGTH:
+        raise Invalid(f'It is {format_duration(longest)} long. At most {MOST_LENGTH // 86400} '
                       'days are possible.')
-    since = (begin - timedelta(days=2)).strftime('%Y-%m-%dT%H:%M:%S')
-    coming = [length for stretch in stretches if not stretch.until or stretch.until > since
-              for length in lengths_of(stretch, since)]
-    if 0 in coming and any(coming) and not cancelled:
-        raise Invalid('One of its occurrences ends when it starts.')
+    if longest and not cancelled:  # else it is refused as what has no length
+        refuse_without_length(stretches, (begin - timedelta(days=2)).strftime('%Y-%m-%dT%H:%M:%S'))
     if not stretches[0].zone:
         stretches = spelled_out(table._replace(stretches=stretches), begin, until)
     return stretches, cancelled
+
+
+def refuse_without_length(stretches: list[Stretch], since: str) -> None:
+    """Invalid where an occurrence from a wall time on has no length."""
+    if any(0 in lengths_of(stretch, since) for stretch in stretches
+           if not stretch.until or stretch.until > since):
+        raise Invalid('One of its occurrences ends when it starts.')
 
 
 def lengths_of(stretch: Stretch, since: str = '') -> list[int]:

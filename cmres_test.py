@@ -25229,6 +25229,11 @@ def test_an_occurrence_without_length_refuses_its_own_event(service, more, outco
     assert by_uid(take(service, body)) == {'one': outcome, 'two': 'booked'}
 
 
+def test_a_series_without_length_is_refused_also_if_one_of_it_is_long(service):
+    series = asks(13, 13, 'RRULE:FREQ=DAILY;COUNT=3', 'RDATE;VALUE=PERIOD:20261105T130000Z/20261202T200000Z')
+    assert by_uid(take(service, series + asks(13, 14, uid='two'))) == {'one': 'refused', 'two': 'booked'}
+
+
 def test_one_series_of_two_flavors_is_refused_and_not_booked_as_one(service):
     answer = take(service, asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=3') + event(
         'RECURRENCE-ID:20261202T130000Z', 'DTSTART:20261202T130000Z', 'DURATION:PT1H', 'LOCATION:2 x m1.medium'))
