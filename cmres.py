@@ -10528,19 +10528,21 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
         cancelled = len(gone) == len(table.status)
     if gone:
         stretches = [stretch._replace(skips=(*stretch.skips, *gone)) for stretch in stretches]
-    longest = max(length for stretch in stretches for length in lengths_of(stretch))
-    if longest > MOST_LENGTH:
-        raise Invalid(f'It is {format_duration(longest)} long. At most {MOST_LENGTH // 86400} '
-                      'days are possible.')
-    if longest and not cancelled:  # else it is refused as what has no length
-        refuse_without_length(stretches, (begin - timedelta(days=2)).strftime('%Y-%m-%dT%H:%M:%S'))
+    refuse_lengths(stretches, begin, cancelled)
     if not stretches[0].zone:
         stretches = spelled_out(table._replace(stretches=stretches), begin, until)
     return stretches, cancelled
 
 
-def refuse_without_length(stretches: list[Stretch], since: str) -> None:
-    """Invalid where an occurrence from a wall time on has no length."""
+def refuse_lengths(stretches: list[Stretch], begin: datetime, cancelled: bool) -> None:
+    """Invalid for an occurrence that is too long, or has no length and is not long past."""
+    lengths = [length for stretch in stretches for length in lengths_of(stretch)]
+    if max(lengths) > MOST_LENGTH:
+        raise Invalid(f'It is {format_duration(max(lengths))} long. At most {MOST_LENGTH // 86400} '
+                      'days are possible.')
+    if min(lengths) > 0 or cancelled or not any(lengths):  # without any it is refused elsewhere
+        return
+    since = (begin - timedelta(days=2)).strftime('%Y-%m-%dT%H:%M:%S')
     if any(0 in lengths_of(stretch, since) for stretch in stretches
            if not stretch.until or stretch.until > since):
         raise Invalid('One of its occurrences ends when it starts.')
@@ -16978,12 +16980,10 @@ class Calendars(Operations):
         """A label, with a number behind it if somebody has it."""
         def taken(number: int) -> bool:
             return taken_label(project, f'{label}-{number}' if number > 1 else label, now)
-        last = free = 1
+        free = 1
         while taken(free):
-            last, free = free, 2 * free
-        while free - last > 1:
-            middle = (last + free) // 2
-            last, free = (middle, free) if taken(middle) else (last, middle)
+            free *= 2
+        free = bisect_left(range(free), True, free // 2, key=lambda number: not taken(number))
         return f'{label}-{free}' if free > 1 else label
 
     @api('GET', '/calendar/')
@@ -21501,17 +21501,16 @@ LEASE_STATES = {
     'pending': ('pending', 'PENDING'), 'waiting': ('pending', 'PENDING'),
     'ended': ('deleted', 'TERMINATED'), 'cancelled': ('deleted', 'TERMINATED')}
 LEASE_ORDER = [*LEASE_STATES]  # of several parts, the first of these is what the lease is
-#: The fields of each type of reservation, and what reads them.
+#: The fields of each type of reservation; what reads them stands in LEASE_READERS.
 LEASE_FIELDS = {
-    'virtual:instance': {'amount': int, 'vcpus': int, 'memory_mb': int, 'disk_gb': int,
-                         'affinity': bool, 'resource_properties': str},
-    'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
-                        'resource_properties': str},
-    'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
-                      'resource_properties': str, 'before_end': str},
-    'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
-LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
-                  'disk_gb', 'required_floatingips'}
+    'virtual:instance': ('amount', 'vcpus', 'memory_mb', 'disk_gb', 'affinity',
+                         'resource_properties'),
+    'flavor:instance': ('amount', 'flavor_id', 'affinity', 'resource_properties'),
+    'physical:host': ('min', 'max', 'hypervisor_properties', 'resource_properties', 'before_end'),
+    'virtual:floatingip': ('amount', 'network_id', 'required_floatingips')}
+#: What fields are that a client may leave out.
+LEASE_OPTIONAL = {'disk_gb': 0, 'required_floatingips': [], **dict.fromkeys(
+    ('affinity', 'resource_properties', 'hypervisor_properties', 'before_end'), '')}
 AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
               | dict.fromkeys(('true', 't', 'yes', 'y', 'on', '1'), True)
               | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
@@ -22171,9 +22170,8 @@ def read_lease_part(given: dict) -> dict:
         raise Invalid('Missing parameter resource_type' if kind is None else
                       f'The {kind} resource type is not supported here; there are '
                       f"{', '.join(LEASE_FIELDS)}")
-    read = {'resource_type': kind}
-    for name, of_type in LEASE_FIELDS[kind].items():
-        read[name] = read_lease_field(name, of_type, given.get(name))
+    read = {'resource_type': kind} | {name: read_lease_field(name, given.get(name))
+                                      for name in LEASE_FIELDS[kind]}
     if kind == 'physical:host' and not 0 < read['min'] <= read['max']:
         raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
     if read.get('amount', 1) < 1:
@@ -22185,13 +22183,14 @@ def read_lease_part(given: dict) -> dict:
     return read
 
 
-def read_lease_field(name: str, of_type: type, value):
+def read_lease_field(name: str, value):
     """The value of a field, or what it is without one."""
-    if value is None and name not in LEASE_OPTIONAL:
+    value = LEASE_OPTIONAL.get(name) if value is None else value
+    if value is None:
         raise Invalid(f'Missing parameter {name}')
-    reader, usual = LEASE_READERS[of_type]
+    reader = LEASE_READERS.get(name, lambda text: read_str(f'{text}', most=4000))
     try:
-        return reader(usual if value is None else value)
+        return reader(value)
     except ValueError as error:
         raise Invalid(f'{name}: {error}') from None
 
@@ -22203,9 +22202,10 @@ def read_affinity(value) -> bool | None:
     return AFFINITIES[f'{value}'.lower()]
 
 
-#: What reads a field, and what it is without a value.
-LEASE_READERS = {int: (between(0, 10**9), 0), bool: (read_affinity, ''), list: (read_names, []),
-                 str: (lambda value: read_str(f'{value}', most=4000), '')}
+#: What reads the fields of a reservation that are no text.
+LEASE_READERS = {
+    'affinity': read_affinity, 'required_floatingips': read_names, **dict.fromkeys(
+        ('amount', 'vcpus', 'memory_mb', 'disk_gb', 'min', 'max'), between(0, 10**9))}
 
 
 #: The addresses of the API: what answers, and the operation that who asks must be allowed.
@@ -22557,11 +22557,9 @@ class Understood(NamedTuple):
 
     def slots(self, begin: float, until: float) -> list[Slot]:
         """What it wants of a window; what takes long to follow is left out."""
-        try:
-            with Budget().event(True):
-                return all_slots(self.booking.stretches, begin, until)
-        except (Error, ValueError, OverflowError):
-            return []
+        with suppress(Error, ValueError, OverflowError), Budget().event(True):
+            return all_slots(self.booking.stretches, begin, until)
+        return []
 
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
@@ -22877,15 +22875,22 @@ def reservation_text(folder: Folder, id: int) -> str:
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
              *want_lines(folder, found, found.vms), 'END:VEVENT']
     form = Form(Component([folded(each) for each in lines]), zone)
-    plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
-    for each in live if stretches else ():
-        slot = plan.get(each.slot)
-        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
-            events.append(form.exception(Slot(each.slot, *each[1:5])))
-            for line in want_lines(folder, found, each.vms):
-                events[-1].put_line(line.partition(':')[0], folded(line))
+    others = differing(folder, found, form, live, plan_of(stretches, there)) if stretches else ()
+    events = [form.head, *others]
     Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
+
+
+def differing(folder: Folder, found, form: Form, live: list,
+              plan: dict[str, Slot]) -> Iterator[Component]:
+    """The occurrences of a series that are not as it says, as events of their own."""
+    for each in live:
+        slot = plan.get(each.slot)
+        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
+            event = form.exception(Slot(each.slot, *each[1:5]))
+            for line in want_lines(folder, found, each.vms):
+                event.put_line(line.partition(':')[0], folded(line))
+            yield event
 
 
 def want_lines(folder: Folder, found, vms: int) -> list[str]:
@@ -22976,8 +22981,9 @@ class Draft:
         other = self.folder.objects('uid = ? AND name <> ? AND gone IS NULL LIMIT 1', uid,
                                     self.name)
         if other or self.had and self.had.uid != uid:
+            named = (other[0] if other else self.had).name
             raise Refused('C:no-uid-conflict', 'another event of this calendar has that UID',
-                          href=(other[0] if other else self.had).name)
+                          href=href_of(self.acting.actor.user, self.folder.name, named))
         if self.had or not most:
             return
         there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',

@@ -19805,7 +19805,7 @@ def test_a_uid_may_be_of_any_length(dav, world):
     dav.put('one', drawn(one), 201)
     dav.put('one', drawn(one, '20261201T150000Z', '20261201T170000Z'), 204)
     assert reserved_at(world) == [NOON + hours(3)]
-    dav.put('two', drawn(one), 403).mustcontain('no-uid-conflict')
+    dav.put('two', drawn(one), 403).mustcontain('no-uid-conflict', '<D:href>/dav/eva/demo/one.ics</D:href>')
     asks = drawn(two, '20261203T140000Z', '20261203T160000Z', 'DESCRIPTION:1 x m1.small')
     outcomes = [world.service.import_(asks, resource='demo')['events'][0]['outcome'] for _ in range(2)]
     assert outcomes == ['booked', 'unchanged']
