@@ -9805,6 +9805,7 @@ MOST_HEAD = 4000        # letters of one in which its first line is
 MOST_EVENTS = 2000      # that want machines
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
 MOST_ALIKE = 100        # series of one UID
+MOST_UID = 1500         # bytes of one: indexes of PostgreSQL take no more than 2704
 MOST_CHANGES = 2000     # of the clocks of a time zone that a part of it describes
 LAST_CHANGE = 230 * 366 * 86400  # seconds after 1970 of the last one
 MOST_NESTING = 8
@@ -9943,7 +9944,7 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
     """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
     before it: a part is a series by the clock."""
     before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
-    stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC), 1)
+    stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC))
     # Its UNTIL is an instant; by the clock a day more holds no other change.
     rule = re.sub('(?<=UNTIL=)[^;]*', lambda last: (
         f'{read_until(last[0]) + timedelta(days=1):%Y%m%dT%H%M%S}'), stretch.rule)
@@ -9957,9 +9958,7 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
 def read_offset(text: str) -> timedelta:
     if not OFFSET.fullmatch(text):
         raise ValueError(text)
-    hours, minutes, seconds = (int(text[at:at + 2] or 0) for at in (1, 3, 5))
-    length = timedelta(hours=hours, minutes=minutes, seconds=seconds)
-    return -length if text[0] == '-' else length
+    return datetime.strptime(text, '%z').utcoffset()
 
 
 def read_property(line: str) -> tuple[str, str, str] | None:
@@ -10015,6 +10014,7 @@ class Entry:
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
         self.lines: dict[str, list[bytes]] = defaultdict(list)  # those that may be asked for
+        self.want: Want | None = None  # what it asks for, as soon as that was looked for
 
     @functools.cached_property
     def said(self) -> dict[str, list[tuple[str, str]]]:
@@ -10088,6 +10088,10 @@ class Entry:
         return nominal, int(self.length.total_seconds()) - nominal
 
     @property
+    def vms(self) -> int:
+        return self.want.vms if self.want else 1
+
+    @property
     def exception(self) -> bool:
         """Whether it is an occurrence of a series that is otherwise, or the rest of it."""
         return 'RECURRENCE-ID' in self.lines
@@ -10107,11 +10111,12 @@ class Entry:
 
     @functools.cached_property
     def uid(self) -> str:
-        """Its UID; for one without it a name by its start and title, which stays while they do."""
+        """Its UID, or a name by that if it is very long; for one without it a name by its start and
+        title, which stays while they do."""
         if (named := self.read('UID', 1)) and (uid := unescaped(named[0][1]).strip()):
-            return uid
+            return uid if len(uid.encode()) <= MOST_UID else f'long-uid-{sha256_of(uid)}'
         named = repr([self.read(name, 9) or None for name in ('DTSTART', 'SUMMARY')])
-        return f'without-uid-{hashlib.sha256(named.encode()).hexdigest()[:12]}'
+        return f'without-uid-{sha256_of(named)[:12]}'
 
     @property
     def name(self) -> str:
@@ -10333,8 +10338,7 @@ class Timetable(NamedTuple):
         return all_slots(self.stretches, begin, until, self.zone)
 
 
-def timetable(entries: list[Entry], owner: tzinfo,
-              vms: Callable[[Entry], int] = lambda entry: 1) -> Timetable:
+def timetable(entries: list[Entry], owner: tzinfo) -> Timetable:
     """When a series and its exceptions occur, cancelled ones too; Error if that is not clear."""
     STEPS.take(30)
     if sum(not entry.exception for entry in entries) > 1:
@@ -10344,14 +10348,13 @@ def timetable(entries: list[Entry], owner: tzinfo,
     if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
         raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
     clock = clock_of(entries, owner)
-    stretches = [plain_stretch(head, clock, vms(head))]
+    stretches = [plain_stretch(head, clock)]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
         keys = tuple(sorted(exceptions))
         exceptions = exceptions if len(keys) > 1 else {}
         stretches = [stretches[0]._replace(dates=keys if len(keys) > 1 else ())]
-    stretches = overridden(stretches, exceptions, clock, vms)
-    return Timetable(stretches, clock.here, head.status,
+    return Timetable(overridden(stretches, exceptions, clock), clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
 
 
@@ -10366,17 +10369,17 @@ def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
     return found
 
 
-def plain_stretch(entry: Entry, clock: Clock, vms: int) -> Stretch:
+def plain_stretch(entry: Entry, clock: Clock) -> Stretch:
     """A series as if it had no exceptions."""
     first, (length, exact) = clock.wall(entry.start).isoformat(), entry.lengths
     name = 'UTC' if clock.here is UTC else getattr(clock.here, 'key', '')
     if entry.exception:
-        return Stretch(first, length, name, vms, 0, exact=exact)
+        return Stretch(first, length, name, entry.vms, 0, exact=exact)
     rule, dates = rule_of(entry, clock), tuple(added_dates(entry, clock))
     skips = tuple(clock.slot(moment).isoformat()[:10 if moment.whole or clock.first.whole else None]
                   for moment, _ in entry.listed('EXDATE'))
     dates = (first, *dates) if rule or dates else ()
-    return Stretch(first, length, name, vms, 0, rule, dates, skips, exact=exact)
+    return Stretch(first, length, name, entry.vms, 0, rule, dates, skips, exact=exact)
 
 
 def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
@@ -10390,8 +10393,8 @@ def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
         yield f'{wall.isoformat()}{length}'
 
 
-def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Clock,
-               vms: Callable[[Entry], int]) -> list[Stretch]:
+def overridden(stretches: list[Stretch], exceptions: dict[str, Entry],
+               clock: Clock) -> list[Stretch]:
     """A series with its exceptions: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
     moved = {}
     for key, entry in sorted(exceptions.items()):
@@ -10404,10 +10407,9 @@ def overridden(stretches: list[Stretch], exceptions: dict[str, Entry], clock: Cl
             if rest and (slot == first or last.rule and on_rule(last.rule, first, slot)):
                 STEPS.take(5 * len(stretches))
                 stretches, moved = with_moved(stretches, moved), {}
-                stretches = following(stretches, key, entry, start, length=length, exact=exact,
-                                      vms=vms(entry))
+                stretches = following(stretches, key, entry, start)
             else:
-                moved[key] = start.isoformat(), length, vms(entry), exact
+                moved[key] = start.isoformat(), length, entry.vms, exact
     return with_moved(stretches, moved)
 
 
@@ -10422,8 +10424,8 @@ def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretc
     return found
 
 
-def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
-              **changes) -> list[Stretch]:
+def following(stretches: list[Stretch], key: str, entry: Entry,
+              start: datetime) -> list[Stretch]:
     """A series that is otherwise from a slot on, or over."""
     if entry.status == 'CANCELLED':
         return [each._replace(until=min(each.until or key, key)) for each in stretches]
@@ -10431,7 +10433,9 @@ def following(stretches: list[Stretch], key: str, entry: Entry, start: datetime,
     if day := re.search(r'UNTIL=(\d{8}T235959)', last.rule):  # after that day nothing begins
         end = (read_until(day[1]) - shift + timedelta(seconds=1)).isoformat()
         stretches = [*stretches[:-1], last._replace(until=min(last.until or end, end))]
-    return cut_stretches(stretches, key, shift=int(shift.total_seconds()) - last.shift, **changes)
+    length, exact = entry.lengths
+    return cut_stretches(stretches, key, shift=int(shift.total_seconds()) - last.shift,
+                         length=length, exact=exact, vms=entry.vms)
 
 
 def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
@@ -10497,49 +10501,44 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
         if FEED_UID.fullmatch(uid):
             continue
         more = len(found) >= MOST_EVENTS
-        booking = booking_of(uid, groups[uid], owner, begin, until, defaults, budget, more, usual)
+        booking = booking_of(uid, groups[uid], owner, begin, until, defaults, usual, budget, more)
         if booking:  # else it wants nothing
             found[uid] = booking
     return [found[uid] for uid in groups if uid in found]
 
 
 def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
-               defaults: Want, budget: Budget, too_many: bool = False,
-               usual: Want | None = None) -> Booking | None:
+               defaults: Want, usual: Want | None, budget: Budget,
+               too_many: bool) -> Booking | None:
     """What the events of one UID want; what they say badly refuses them alone."""
     head = group[0]
     try:
         with naming(head), budget.event(may_repeat(group)):
-            wants = wants_of(group, defaults, usual)
-            group = [each for each in group if each.line in wants]
+            read_wants(group, defaults, usual)
+            group = [each for each in group if each.want]
             if not group:
                 return None
             head = group[0]
             if too_many:
                 raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
                               'Put it into a calendar of its own.')
-            table = timetable(group, owner, lambda entry: wants[entry.line].vms)
-            said = wants[head.line], *wanted_stretches(table, group, begin, until), digest_of(group)
+            stretches = wanted_stretches(timetable(group, owner), group, begin, until)
+            said = head.want, *stretches, digest_of(group)
     except BadCalendar as error:
         said = defaults, [], False, '', str(error)
     title = re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', head.text('SUMMARY'))[:1000]
     return Booking(uid, title, guessed(head), head.name, *said)
 
 
-def wants_of(group: list[Entry], defaults: Want, usual: Want | None = None) -> dict[int, Want]:
-    """What events want, by their lines; exceptions as their series unless they say."""
-    wants: dict[int, Want] = {}
+def read_wants(group: list[Entry], defaults: Want, usual: Want | None) -> None:
+    """Reads what events want; exceptions as their series unless they say."""
     head = group[0]
     for entry in group:
         with naming(entry):
-            said = want_of(entry, wants.get(head.line, defaults))
-            if want := said or wants.get(head.line) or usual:
-                wants[entry.line] = want
-    kinds = {want._replace(vms=1) for want in wants.values()}
-    if len(kinds) > 1:
+            entry.want = want_of(entry, head.want or defaults) or head.want or usual
+    if len({each.want._replace(vms=1) for each in group if each.want}) > 1:
         raise BadCalendar(f'{head.name}: its occurrences do not all ask for the same flavor, '
                           'image and resource. Make the different ones an event of their own.')
-    return wants
 
 
 def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
@@ -10554,18 +10553,32 @@ def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
         cancelled = len(gone) == len(table.status)
     if gone:
         stretches = [stretch._replace(skips=(*stretch.skips, *gone)) for stretch in stretches]
-    longest = max(length for stretch in stretches for length in lengths_of(stretch))
-    if longest > MOST_LENGTH:
-        raise Invalid(f'It is {format_duration(longest)} long. At most {MOST_LENGTH // 86400} '
-                      'days are possible.')
+    refuse_lengths(stretches, begin, cancelled)
     if not stretches[0].zone:
         stretches = spelled_out(table._replace(stretches=stretches), begin, until)
     return stretches, cancelled
 
 
-def lengths_of(stretch: Stretch) -> list[int]:
-    periods = (int(each.partition('/')[2]) for each in stretch.dates if '/' in each)
-    moved = (each[1] + sum(each[3:]) for each in stretch.moved.values())
+def refuse_lengths(stretches: list[Stretch], begin: datetime, cancelled: bool) -> None:
+    """Invalid for an occurrence that is too long, or has no length and is not long past."""
+    lengths = [length for stretch in stretches for length in lengths_of(stretch)]
+    if max(lengths) > MOST_LENGTH:
+        raise Invalid(f'It is {format_duration(max(lengths))} long. At most {MOST_LENGTH // 86400} '
+                      'days are possible.')
+    if min(lengths) > 0 or cancelled or not any(lengths):  # without any it is refused elsewhere
+        return
+    since = (begin - timedelta(days=2)).strftime('%Y-%m-%dT%H:%M:%S')
+    if any(0 in lengths_of(stretch, since) for stretch in stretches
+           if not stretch.until or stretch.until > since):
+        raise Invalid('One of its occurrences ends when it starts.')
+
+
+def lengths_of(stretch: Stretch, since: str = '') -> list[int]:
+    """The lengths that its occurrences have, of those that are otherwise from a wall time on."""
+    periods = (int(each.partition('/')[2]) for each in stretch.dates
+               if '/' in each and each >= since)
+    moved = (each[1] + sum(each[3:]) for key, each in stretch.moved.items()
+             if key not in stretch.skips and each[0] >= since)
     return [stretch.length + stretch.exact, *moved, *periods]
 
 
@@ -10586,7 +10599,11 @@ def digest_of(group: list[Entry]) -> str:
     """By what a change of events is known; SEQUENCE alone is none."""
     said = [sorted((name, each.said[name]) for name in each.said if name != 'SEQUENCE')
             for each in group]
-    return hashlib.sha256(repr(said).encode('utf8', 'surrogatepass')).hexdigest()
+    return sha256_of(repr(said))
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode('utf8', 'surrogatepass')).hexdigest()
 
 
 def plain_text(text: str) -> str:
@@ -10596,11 +10613,11 @@ def plain_text(text: str) -> str:
     return text.strip()
 
 
-def marks_of(entry: Entry) -> list[re.Match]:
+def mark_of(entry: Entry) -> re.Match | None:
     """Where an event says in so many words that it wants machines."""
     text = entry.text('DESCRIPTION')
     texts = entry.text('SUMMARY'), plain_text(text) if MAYBE_MARKED.search(text) else ''
-    return [*filter(None, map(MARKED.search, texts))]
+    return next(filter(None, map(MARKED.search, texts)), None)
 
 
 def spoken(entry: Entry) -> re.Match | None:
@@ -10612,7 +10629,7 @@ def spoken(entry: Entry) -> re.Match | None:
 
 def guessed(entry: Entry) -> str:
     """The flavor in words that look like a wish; '' where it is said that there is one."""
-    said = None if marks_of(entry) else spoken(entry)
+    said = None if mark_of(entry) else spoken(entry)
     return said[2] if said else ''
 
 
@@ -10631,17 +10648,13 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
 
 def worded_want(entry: Entry, defaults: Want) -> Want | None:
     """What its title, its description or its place says that it wants."""
-    for match in marks_of(entry):
-        said = WANT.fullmatch(match[1].strip())
-        if not said and match[1].strip():
-            raise Invalid(f'{shown(match[0][:80])} is not valid. Write for example: #vm 2 x '
-                          'm1.small')
-        return spoken_want(said, defaults) if said else defaults
-    said = spoken(entry)
-    return spoken_want(said, defaults) if said else None
-
-
-def spoken_want(said: re.Match, defaults: Want) -> Want:
+    mark = mark_of(entry)
+    words = mark[1].strip() if mark else ''
+    said = WANT.fullmatch(words) if mark else spoken(entry)
+    if words and not said:
+        raise Invalid(f'{shown(mark[0][:80])} is not valid. Write for example: #vm 2 x m1.small')
+    if not said:
+        return defaults if mark else None
     vms, flavor, image, resource = said.groups()
     flavor, image = read_name(flavor), read_name(image or '')
     return defaults._replace(vms=read_count(vms), flavor=flavor, image=image or defaults.image,
@@ -10713,7 +10726,7 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
 
 
 def etag_of(text: str) -> str:
-    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+    return f'"{sha256_of(text)[:32]}"'
 
 
 def whole_calendar(parts: str, *head: str) -> str:
@@ -16729,14 +16742,25 @@ FOR_FEEDS = LISTING.replace('r.user_data,', "'' AS user_data,").replace(
     'r.description) AS description,')
 
 
+#: What the events of a calendar get that they don't say.
+EVENT_DEFAULTS = {
+    'resource': (Label, ''), **dict.fromkeys(('flavor', 'image', 'network', 'key'), (Name, '')),
+    'vms': (Count, 1), 'at_end': (Name, ''), 'notify': (Names, ()),
+    'on_conflict': (Clash, 'refuse'), 'tz': (Zone, ''), 'user': (Name, ''), 'project': (Name, '')}
+#: The feeds and subscriptions that are in force.
+ACTIVE = {'feed': 'revoked IS NULL', 'subscription': 'due IS NOT NULL'}
 #: The fact: up to which revision nothing is known any more of objects that were deleted.
 FORGOTTEN = 'calendars forgotten'
 
 
-def addresses_of(occurrence: int) -> list[str]:
-    found = rows('SELECT addresses FROM server WHERE occurrence_id = ? AND due IS NOT NULL '
-                 "AND goal = 'up' ORDER BY n", occurrence)
-    return [each for one in found for each in json.loads(one.addresses)]
+def addresses_of(occurrences: list[int]) -> dict[int, list[str]]:
+    """The addresses of the servers that run, by occurrence."""
+    found: dict = defaultdict(list)
+    for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
+                     "numbers(?) AND due IS NOT NULL AND goal = 'up' ORDER BY occurrence_id, n",
+                     json.dumps(occurrences)):
+        found[each.occurrence_id] += json.loads(each.addresses)
+    return found
 
 
 def log_in_lines(config: Config, found, addresses: list[str]) -> list[str]:
@@ -16757,10 +16781,8 @@ class Calendars(Operations):
     """Imports, subscriptions and feeds."""
 
     @api('POST', '/reservation/import', 'import class.ics --resource demo --image cirros --dry-run')
-    def import_(self, file: Ics, resource: Label = '', flavor: Name = '', image: Name = '',
-                network: Name = '', key: Name = '', vms: Count = 1, at_end: Name = '',
-                notify: Names = (), on_conflict: Clash = 'refuse', tz: Zone = '', user: Name = '',
-                project: Name = '', dry_run: bool = False, asked: dict = None) -> ImportAnswer:
+    def import_(self, file: Ics, *, dry_run: bool = False, asked: dict = None,
+                **defaults: EVENT_DEFAULTS) -> ImportAnswer:
         """Reserves what the events of an iCalendar file ask for, each event on its own.
 
         An event asks with `2 x m1.small` in the first line of its description or in its location,
@@ -16782,14 +16804,8 @@ class Calendars(Operations):
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
         lines = self.read_bookings(wanted, said)
-        before = []
-        if not dry_run and not self.live_of(subscription, self.clock()):
-            before = self.take_in_pieces(lines, owner, subscription)
         try:
-            with self.writing(dry_run) as now:
-                done = before + self.take_bookings(wanted, lines, owner, subscription, now)
-                if subscription:
-                    self.tell_refused(subscription, done, now)
+            done = self.take_bookings(lines, wanted, owner, subscription, dry_run)
         except Held as held:
             with self.writing(dry_run) as now:
                 if not subscription.held:  # it is told once
@@ -16829,31 +16845,28 @@ class Calendars(Operations):
         return [each.cloud for each in rows(
             "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
-    def take_in_pieces(self, lines: deque, owner: tuple[str, str], subscription) -> list[dict]:
-        """What became of each event, where none can make anything go; others can write between."""
-        done = []
-        while lines:
-            self.shares.breathe()
-            with self.writing() as now:
+    def take_bookings(self, lines: deque, wanted: list[Booking], owner: tuple[str, str],
+                      subscription, dry_run: bool) -> list[dict]:
+        """What became of each event; Held where of a subscription more than half would go. Where
+        nothing can go, others can write between."""
+        done, whole = [], dry_run or bool(self.live_of(subscription, self.clock()))
+        while True:
+            with self.writing(dry_run) as now:
                 self.refuse_unsubscribed(subscription)
+                had = self.live_of(subscription, now)
                 done += [self.take_booking(*line, owner, subscription, now)
-                         for line in some_of(lines)]
-        return done
+                         for line in some_of(lines, whole)]
+                if not lines:
+                    done += self.drop_missing(wanted, subscription, now)
+                    self.ask_before_most_goes(subscription, had, now)
+                    self.tell_refused(subscription, done, now)
+                    return done
+            self.shares.breathe()
 
     def refuse_unsubscribed(self, subscription) -> None:
         if subscription and not row('SELECT id FROM subscription WHERE id = ? AND due IS NOT NULL',
                                     subscription.id):
             raise Conflict('Somebody unsubscribed it at the same moment.')
-
-    def take_bookings(self, wanted: list[Booking], lines: Iterable[tuple], owner: tuple[str, str],
-                      subscription, now: float) -> list[dict]:
-        """What became of each event; Held where of a subscription more than half would go."""
-        self.refuse_unsubscribed(subscription)
-        had = self.live_of(subscription, now)
-        done = [self.take_booking(*line, owner, subscription, now) for line in lines]
-        done += self.drop_missing(wanted, subscription, now)
-        self.ask_before_most_goes(subscription, had, now)
-        return done
 
     def read_bookings(self, wanted: list[Booking], said: dict) -> deque[tuple]:
         """Bookings with their wishes, or with the errors that refuse them; what is plain first."""
@@ -16988,12 +17001,10 @@ class Calendars(Operations):
         """A label, with a number behind it if somebody has it."""
         def taken(number: int) -> bool:
             return taken_label(project, f'{label}-{number}' if number > 1 else label, now)
-        last = free = 1
+        free = 1
         while taken(free):
-            last, free = free, 2 * free
-        while free - last > 1:
-            middle = (last + free) // 2
-            last, free = (middle, free) if taken(middle) else (last, middle)
+            free *= 2
+        free = bisect_left(range(free), True, free // 2, key=lambda number: not taken(number))
         return f'{label}-{free}' if free > 1 else label
 
     @api('GET', '/calendar/')
@@ -17004,10 +17015,10 @@ class Calendars(Operations):
         feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce("
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
-                     f'AS shows, added FROM feed WHERE revoked IS NULL {own} ORDER BY id', *who)
+                     f"AS shows, added FROM feed WHERE {ACTIVE['feed']} {own} ORDER BY id", *who)
         subscribed = rows("SELECT id, 'subscription' AS kind, user, project, url AS shows, added, "
                           'polled, fault, held, held AS needs_confirmation FROM subscription '
-                          f'WHERE due IS NOT NULL {own} ORDER BY id', *who)
+                          f"WHERE {ACTIVE['subscription']} {own} ORDER BY id", *who)
         return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
                                        for each in subscribed)]
 
@@ -17034,20 +17045,12 @@ class Calendars(Operations):
     @api('DELETE', '/calendar/<id>', 'calendar revoke 1')
     def calendar_revoke(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Disables the address of a feed at once."""
-        with self.writing(dry_run) as now:
-            found = self.own_calendar('feed', 'revoked IS NULL', id)
-            change(Feed, id, revoked=int(now))
-            self.journal(now, 'calendar', f'revoked feed {id}')
-            return {'id': id, 'kind': 'feed', 'user': found.user, 'project': found.project,
-                    'revoked': instant(int(now))}
+        return self.changed_calendar('feed', id, dry_run, 'revoked feed', revoked=int(self.clock()))
 
     @api('POST', '/calendar/subscription/',
          'calendar subscribe https://example.org/secret/eva.ics --resource demo', made='/calendar/')
-    def calendar_subscribe(self, url: Url, resource: Label = '', flavor: Name = '',
-                           image: Name = '', network: Name = '', key: Name = '', vms: Count = 1,
-                           at_end: Name = '', notify: Names = (), on_conflict: Clash = 'refuse',
-                           tz: Zone = '', user: Name = '', project: Name = '',
-                           dry_run: bool = False, asked: dict = None) -> CalendarAnswer:
+    def calendar_subscribe(self, url: Url, *, dry_run: bool = False, asked: dict = None,
+                           **defaults: EVENT_DEFAULTS) -> CalendarAnswer:
         """Subscribes to a calendar: cmres reserves, moves and cancels VMs when its events change.
 
         cmres reads it every five minutes (`calendar_poll`). Its events ask for VMs as those of
@@ -17055,60 +17058,67 @@ class Calendars(Operations):
         more than half of the future occurrences, it waits for `calendar confirm`. Running VMs stay
         until their end.
         """
-        said = {name: value for name, value in asked.items() if name not in ('url', 'dry_run')}
-        said['user'], said['project'] = self.owner(said)
-        said['resource'] = self.look.id_of(resource) or 0
+        user, project = self.owner(asked)
+        said = {name: asked[name] for name in EVENT_DEFAULTS} | {
+            'user': user, 'project': project, 'resource': self.look.id_of(asked['resource']) or 0}
+        host = self.host_to_ask(url)
+        with self.writing(dry_run) as now:
+            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due '
+                   'IS NOT NULL', url, user, project):
+                raise Conflict('You have already subscribed to this calendar.',
+                               hint='calendar list')
+            self.refuse_one_more('subscriptions', user, project)
+            id = insert(Subscription, user=user, project=project, url=url,
+                        defaults=json.dumps(said), notify=json.dumps([*asked['notify']]),
+                        added=int(now), due=now, etag='', modified='', fault='', held='',
+                        refused='{}', confirmed=False, tries=0)
+            self.journal(now, 'calendar', f'subscribed to a calendar at {host}')
+        return {'id': id, 'kind': 'subscription', 'user': user, 'project': project, 'shows': host}
+
+    def host_to_ask(self, url: str) -> str | None:
+        """The host of a calendar's address, if cmres may ask it."""
         try:
             parts = urlsplit(url)
-            host, port = parts.hostname or '', parts.port or 443
+            host, port = parts.hostname, parts.port or 443
         except ValueError:
             raise Invalid('url: this is not an address with a host. Write one like '
                           'https://example.org/eva.ics.') from None
         try:
-            self.shares.ask(f'the host {host}', lambda: allowed_address(self.config, host, port))
+            self.shares.ask(f'the host {host}', lambda: allowed_address(
+                self.config, host or '', port))
         except (OSError, ValueError) as error:
             raise Invalid(f'url: {error}') from None
-        with self.writing(dry_run) as now:
-            if row('SELECT id FROM subscription WHERE url = ? AND user = ? AND project = ? AND due '
-                   'IS NOT NULL', url, said['user'], said['project']):
-                raise Conflict('You have already subscribed to this calendar.',
-                               hint='calendar list')
-            self.refuse_one_more('subscriptions', said['user'], said['project'])
-            id = insert(Subscription, user=said['user'], project=said['project'], url=url,
-                        defaults=json.dumps(said), notify=json.dumps([*notify]), added=int(now),
-                        due=now, etag='', modified='', fault='', held='', refused='{}',
-                        confirmed=False, tries=0)
-            self.journal(now, 'calendar', f'subscribed to a calendar at {parts.hostname}')
-        return {'id': id, 'kind': 'subscription', 'user': said['user'], 'project': said['project'],
-                'shows': parts.hostname}
+        return host
 
     @api('DELETE', '/calendar/subscription/<id>', 'calendar unsubscribe 1')
     def calendar_unsubscribe(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Stops reading a calendar; its reservations stay."""
-        return self.changed_subscription(id, dry_run, 'unsubscribed from calendar', due=None)
+        return self.changed_calendar('subscription', id, dry_run, 'unsubscribed from calendar',
+                                     due=None)
 
     @api('POST', '/calendar/subscription/<id>/confirm', 'calendar confirm 1')
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Confirms that a calendar may cancel most of its reservations."""
-        if not self.own_calendar('subscription', 'due IS NOT NULL', id).held:
+        if not self.own_calendar('subscription', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
-        return self.changed_subscription(id, dry_run, 'confirmed calendar', confirmed=True, etag='',
-                                         modified='', due=self.clock())
+        return self.changed_calendar('subscription', id, dry_run, 'confirmed calendar',
+                                     confirmed=True, etag='', modified='', due=self.clock())
 
-    def changed_subscription(self, id: int, dry_run: bool, what: str, **values) -> dict:
-        """Changes a subscription of one's own, and tells which it was."""
+    def changed_calendar(self, kind: str, id: int, dry_run: bool, what: str, **values) -> dict:
+        """Changes a feed or a subscription of one's own, and tells which it was."""
         with self.writing(dry_run) as now:
-            found = self.own_calendar('subscription', 'due IS NOT NULL', id)
-            change(Subscription, id, **values)
+            found = self.own_calendar(kind, id)
+            change(Feed if kind == 'feed' else Subscription, id, **values)
             self.journal(now, 'calendar', f'{what} {id}')
-        return {'id': id, 'kind': 'subscription', 'user': found.user, 'project': found.project,
-                'shows': urlsplit(found.url).hostname}
+        more = ({'revoked': instant(values['revoked'])} if kind == 'feed'
+                else {'shows': urlsplit(found.url).hostname})
+        return {'id': id, 'kind': kind, 'user': found.user, 'project': found.project} | more
 
-    def own_calendar(self, table: str, condition: str, id: int):
+    def own_calendar(self, kind: str, id: int):
         """A feed or a subscription that is in force and one's own; NotFound if there is none."""
-        found = row(f'SELECT * FROM {table} WHERE id = ? AND {condition}', id)
+        found = row(f'SELECT * FROM {kind} WHERE id = ? AND {ACTIVE[kind]}', id)
         if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
-            raise NotFound(f'There is no active {table} {id}.')
+            raise NotFound(f'There is no active {kind} {id}.')
         return found
 
     def poll(self, subscription) -> dict:
@@ -17177,7 +17187,9 @@ class Calendars(Operations):
                        'Confirm to cancel them.', hint=f'calendar confirm {subscription.id}')
 
     def tell_refused(self, subscription, done: list[dict], now: float) -> None:
-        """Tells, once each, what a calendar asks for in vain."""
+        """Tells, once each, what a subscribed calendar asks for in vain."""
+        if not subscription:
+            return
         before = json.loads(subscription.refused)
         refused = {each['uid']: re.sub(r' \(line \d+\)', '', each['why'])[:500]  # which change
                    for each in done if each['outcome'] == 'refused'}
@@ -17202,12 +17214,7 @@ class Calendars(Operations):
         """What a feed shows, others' as busy only, and until when that holds."""
         found = self.look.page(*self.shown_in(feed), (), limit=MOST_SHOWN_BY_FEED + 1,
                                fields=FOR_FEEDS)
-        servers: dict = defaultdict(list)
-        for each in rows("SELECT occurrence_id, addresses FROM server WHERE occurrence_id IN "
-                         "numbers(?) AND due IS NOT NULL AND goal = 'up'",
-                         json.dumps([each.id for each in found])):
-            servers[each.occurrence_id] += json.loads(each.addresses)
-        now = self.clock()
+        servers, now = addresses_of([each.id for each in found]), self.clock()
         turns = [at for each in found for at in (each.held_from, each.start, each.end) if at > now]
         shown = [self.feed_event(each, feed, servers[each.id])
                  for each in found[:MOST_SHOWN_BY_FEED]
@@ -18484,7 +18491,8 @@ class Workers:
         if unwanted or not found or not coming and found.cancelled is None:
             return
         goes = not coming or notice.target not in json.loads(found.invite)
-        lines = [found.description, *log_in_lines(self.config, found, addresses_of(found.id))]
+        addresses = addresses_of([found.id])[found.id]
+        lines = [found.description, *log_in_lines(self.config, found, addresses)]
         first, method = (coming or [found])[0], 'CANCEL' if goes else 'REQUEST'
         state = 'CANCELLED' if goes else (
             'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
@@ -21508,17 +21516,16 @@ LEASE_STATES = {
     'pending': ('pending', 'PENDING'), 'waiting': ('pending', 'PENDING'),
     'ended': ('deleted', 'TERMINATED'), 'cancelled': ('deleted', 'TERMINATED')}
 LEASE_ORDER = [*LEASE_STATES]  # of several parts, the first of these is what the lease is
-#: The fields of each type of reservation, and what reads them.
+#: The fields of each type of reservation; what reads them stands in LEASE_READERS.
 LEASE_FIELDS = {
-    'virtual:instance': {'amount': int, 'vcpus': int, 'memory_mb': int, 'disk_gb': int,
-                         'affinity': bool, 'resource_properties': str},
-    'flavor:instance': {'amount': int, 'flavor_id': str, 'affinity': bool,
-                        'resource_properties': str},
-    'physical:host': {'min': int, 'max': int, 'hypervisor_properties': str,
-                      'resource_properties': str, 'before_end': str},
-    'virtual:floatingip': {'amount': int, 'network_id': str, 'required_floatingips': list}}
-LEASE_OPTIONAL = {'affinity', 'resource_properties', 'hypervisor_properties', 'before_end',
-                  'disk_gb', 'required_floatingips'}
+    'virtual:instance': ('amount', 'vcpus', 'memory_mb', 'disk_gb', 'affinity',
+                         'resource_properties'),
+    'flavor:instance': ('amount', 'flavor_id', 'affinity', 'resource_properties'),
+    'physical:host': ('min', 'max', 'hypervisor_properties', 'resource_properties', 'before_end'),
+    'virtual:floatingip': ('amount', 'network_id', 'required_floatingips')}
+#: What fields are that a client may leave out.
+LEASE_OPTIONAL = {'disk_gb': 0, 'required_floatingips': [], **dict.fromkeys(
+    ('affinity', 'resource_properties', 'hypervisor_properties', 'before_end'), '')}
 AFFINITIES = (dict.fromkeys(('', 'none', 'null'))
               | dict.fromkeys(('true', 't', 'yes', 'y', 'on', '1'), True)
               | dict.fromkeys(('false', 'f', 'no', 'n', 'off', '0'), False))
@@ -21530,233 +21537,6 @@ LEASE_PLACES = ('resource', *PLACE)
 MOST_LEASES = 10_000  # that one list has
 
 
-class Blazar:
-    """The handlers of the API."""
-
-    def __init__(self, service: Reservations):
-        self.service = service
-
-    def mount(self, app) -> None:
-        """Gives an application all addresses."""
-        for path in ('', '/versions'):
-            app.route(BLAZAR + path, 'GET', self.versions)
-        for verb, path, handle, needed in (
-                ('GET', '/leases', self.list_leases, 'list'),
-                ('POST', '/leases', self.make_lease, 'add'),
-                ('GET', '/leases/<id>', lambda view, given: {
-                    'lease': view.lease(given['id'])}, 'list'),
-                ('PUT', '/leases/<id>', self.change_lease, 'update'),
-                ('DELETE', '/leases/<id>', self.end_lease, 'delete'),
-                ('GET', '/os-hosts', lambda view, given: {
-                    'hosts': [each.shown for each in view.hosts()]}, 'resource_list'),
-                ('POST', '/os-hosts', self.add_host, 'resource_sync'),
-                ('GET', '/os-hosts/allocations', lambda view, given: {
-                    'allocations': view.allocations(given)}, 'resource_list'),
-                ('GET', '/os-hosts/properties', self.list_properties, 'resource_list'),
-                ('PATCH', '/os-hosts/properties/<name>', self.hide_property, 'resource_sync'),
-                ('GET', '/os-hosts/<id:int>', lambda view, given: {
-                    'host': view.host(given['id']).shown}, 'resource_list'),
-                ('PUT', '/os-hosts/<id:int>', self.change_host, 'resource_sync'),
-                ('DELETE', '/os-hosts/<id:int>', self.remove_host, 'resource_sync'),
-                ('GET', '/os-hosts/<id:int>/allocation', self.show_allocation, 'resource_list'),
-                ('GET', '/floatingips', lambda view, given: {
-                    'floatingips': [each.shown for each in view.hosts(True)]}, 'resource_list'),
-                ('POST', '/floatingips', self.add_address, 'resource_sync'),
-                ('GET', '/floatingips/<id>', lambda view, given: {
-                    'floatingip': view.host(given['id']).shown}, 'resource_list'),
-                ('DELETE', '/floatingips/<id>', self.remove_host, 'resource_sync')):
-            status = {'POST': 201, 'DELETE': 204}.get(verb, 200)
-            app.route(f'{BLAZAR}/v1{path}', verb, self.answering(handle, needed, status))
-
-    def answering(self, handle: Callable, needed: str, status: int) -> Callable:
-        """A handler for who may call the operation that is needed: the answer, or what Blazar's
-        clients read of none."""
-        def handler(**path):
-            request = bottle.request
-            try:
-                acting = self.service.acting(who_asks(self.service, request))
-                acting.wanted = while_there(request.environ)
-                with acting.shares.answering(acting.actor.user):
-                    refuse_to(acting.actor, API[needed])
-                    if acting.actor.resource is not None:
-                        raise Forbidden('this token is only for one resource, and leases are of '
-                                        'all')
-                    given = read_body(request, MOST_BODY) | path
-                    if request.method == 'GET':
-                        given |= read_query(request)
-                    view = LeaseView(acting)
-                    view.token = keystone_token(self.service, request)
-                    answer = handle(view, given)
-            except Error as error:
-                body = in_blazars_words(error_body(error), error.status)
-                return sent(json_text(body), error.status, UNKEPT | headers_of(error))
-            text = '' if status == 204 else json_text(answer)
-            return sent(text, status, UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
-        return handler
-
-    def versions(self):
-        there = self.service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
-            bottle.request.urlparts)
-        return sent(json_text({'versions': [{
-            'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0', 'max_version': '1.0',
-            'links': [{'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}), 300, UNKEPT)
-
-    # Leases
-
-    def list_leases(self, view: LeaseView, given: dict) -> dict:
-        own, values = ('TRUE', ()) if view.actor.role == ADMIN else ('project = ?',
-                                                                  (view.actor.project,))
-        return {'leases': view.leases(rows(
-            f'SELECT * FROM blazar_lease WHERE {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}',
-            *values))}
-
-    def make_lease(self, view: LeaseView, given: dict) -> dict:
-        """Reserves all parts of a lease, or none."""
-        start, end = read_lease_dates(given, view.acting.clock())
-        parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
-                 for each in lease_list(given.get('reservations'), 'reservations')]
-        id, before = f'{uuid.uuid4()}', lease_before_end(given, start, end)
-        lease = {'id': id, 'name': lease_name(given), 'start': start, 'end': end,
-                 'before_end': before, 'added': int(view.acting.clock())}
-        lease |= {'user': view.actor.user, 'project': view.actor.project,
-                  'parts': json.dumps(parts)}
-        if not parts:
-            with view.acting.writing():
-                insert(BlazarLease, **lease)
-            return {'lease': view.lease(id)}
-        requests = LeaseRequests(view.acting, lease, parts).requests()
-
-        def also(answer: dict) -> None:
-            if not rehearsal.on:
-                insert(BlazarLease, **lease)
-                view.hold(id, parts, requests, answer)
-        view.acting.reserve([request for request, _ in requests], also=also)
-        view.lend_groups(id)
-        return {'lease': view.lease(id)}
-
-    def change_lease(self, view: LeaseView, given: dict) -> dict:
-        """Changes a lease: its name, its dates, the number of what its parts have."""
-        id, now = given['id'], view.acting.clock()
-        dates = {name: lease_date(given[f'{name}_date'], now) for name in ('start', 'end')
-                 if given.get(f'{name}_date') is not None}
-
-        def deed(now: float) -> None:
-            found = view.row(id)
-            before, = view.leases([found])
-            view.change_dates(found, dates)
-            for each in lease_list(given.get('reservations'), 'reservations'):
-                view.change_part(found, before, each)
-            self.write_changes(found, given, dates, now)
-        view.acting.carry_out(deed)
-        return {'lease': view.lease(id)}
-
-    def write_changes(self, found, given: dict, dates: dict[str, int], now: float) -> None:
-        """Writes what a lease has otherwise that its reservations don't know; in a transaction."""
-        new = {**dates}
-        if 'name' in given:
-            new['name'] = lease_name(given)
-        if 'before_end_date' in given:
-            new['before_end'] = lease_before_end(given, found.start, dates.get('end', found.end))
-        if new:
-            marks = ', '.join(f'"{name}" = ?' for name in new)
-            run(f'UPDATE blazar_lease SET {marks}, changed = ? WHERE id = ?', *new.values(),
-                int(now), found.id)
-
-    def end_lease(self, view: LeaseView, given: dict) -> None:
-        """Ends what a lease has, and forgets it."""
-        def deed(now: float) -> None:
-            found = view.row(given['id'])
-            view.end(found)
-            run('DELETE FROM blazar_lease WHERE id = ?', found.id)
-            run('DELETE FROM blazar_hold WHERE lease_id = ?', found.id)
-        view.acting.carry_out(deed)
-
-    # Hosts
-
-    def add_host(self, view: LeaseView, given: dict) -> dict:
-        """Lets a host of an aggregate be reserved by its name."""
-        name = given.get('name') or given.get('id')
-        if not isinstance(name, str):
-            raise Invalid('Missing parameter name')
-        extras = read_extras({key: value for key, value in given.items()
-                              if key not in ('name', 'id')})
-        if any(host.name == name for host in view.hosts()):
-            raise Conflict(f"the host '{name}' can be reserved already")
-        cloud, (aggregate, *_) = view.first(
-            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
-            'aggregate first: openstack aggregate add host')
-        there = view.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
-        place = view.sync(cloud, aggregate._replace(hosts=there))
-        if aggregate.mark != place:
-            view.asks(cloud, lambda opened: opened.mark(aggregate, place))
-        view.set_extras(host_id(cloud, name), extras)
-        return {'host': view.host(host_id(cloud, name)).shown}
-
-    def change_host(self, view: LeaseView, given: dict) -> dict:
-        """Says more of a host, or something else; null says it no more."""
-        extras = read_extras({key: value for key, value in given.items() if key != 'id'})
-        if not extras:
-            raise Invalid('say what is to be otherwise, such as {"gpu": "2"}')
-        view.host(given['id'])
-        view.set_extras(given['id'], extras)
-        return {'host': view.host(given['id']).shown}
-
-    def remove_host(self, view: LeaseView, given: dict) -> None:
-        """Lets a host or floating IP no more be reserved by its name."""
-        host = view.host(given['id'])
-        left = view.named(host.cloud, host.aggregate)
-        if not left.pop(host.name, None):
-            raise Conflict(f"'{host.name}' is a resource, not a host: resource delete {host.name}")
-        if left:
-            view.sync(host.cloud, Aggregate(host.aggregate, left, ''))
-        else:
-            view.acting.resource_delete(host.resource)
-        view.set_extras(host.id, dict.fromkeys(host.extras))
-
-    def show_allocation(self, view: LeaseView, given: dict) -> dict:
-        id = f"{view.host(given.pop('id')).id}"
-        found = [each for each in view.allocations(given) if each['resource_id'] == id]
-        return {'allocation': found[0] if found else {'resource_id': id, 'reservations': []}}
-
-    def list_properties(self, view: LeaseView, given: dict) -> dict:
-        """What can be asked of hosts; with `detail` also which values there are."""
-        hidden, values = said_of_hosts()[0], defaultdict(set)
-        for host in view.hosts():
-            for name, value in host.extras.items():
-                values[name].add(value)
-        shown = {name for name in values if name not in hidden or read_bool(given.get('all', '0'))}
-        detail = read_bool(given.get('detail', '0'))
-        return {'resource_properties': [{'property': name} | ({
-            'private': name in hidden, 'values': sorted(values[name])} if detail else {})
-            for name in sorted(shown)]}
-
-    def hide_property(self, view: LeaseView, given: dict) -> dict:
-        """Shows a property to everybody or hides it from lists."""
-        name, private = given['name'], read_bool(given.get('private', False))
-        if not any(name in host.extras for host in view.hosts()):
-            raise NotFound(f"no host has a property '{name}'")
-        view.set_extras(0, {name: 'private' if private else None})
-        return {'resource_property': {
-            'id': name, 'resource_type': 'physical:host', 'property_name': name,
-            'private': private, 'created_at': None, 'updated_at': None}}
-
-    # Floating IPs
-
-    def add_address(self, view: LeaseView, given: dict) -> dict:
-        """Lets a floating IP of a network be reserved."""
-        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
-        if not isinstance(network, str) or not isinstance(address, str):
-            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
-        cloud, subnet = view.first(lambda opened: opened.subnet(network, address),
-                                   f'has {address} in a subnet of the network {network}')
-        aggregate = f'floating-IPs {cloud} {subnet} {network}'
-        there = view.named('', aggregate)
-        if address in there:
-            raise Conflict(f'{address} can be reserved already')
-        view.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
-        return {'floatingip': view.host(derived_uuid(f'{aggregate} {address}')).shown}
-
-
 #: What Blazar's clients want to read of a host and cmres does not know.
 LIKE_ALL_HOSTS = {'hypervisor_type': 'QEMU', 'hypervisor_version': 0, 'cpu_info': '',
                   'availability_zone': '', 'status': None, 'reservable': True, 'trust_id': ''}
@@ -21766,22 +21546,19 @@ class LeaseHost(NamedTuple):
     """A host that can be reserved by its name, a floating IP, or a resource as a whole."""
     id: int | str
     name: str
-    resource: str
-    cloud: str
-    aggregate: str
-    holds: dict     # figures, by their names
+    place: Any    # the row of its resource
+    holds: dict   # figures, by their names
     extras: dict
-    added: int
-    whole: bool     # it is the resource
-    network: str    # it is a floating IP of that
+    whole: bool   # it is the resource
+    network: str  # it is a floating IP of that
 
     @property
     def shown(self) -> dict:
         """It as Blazar's clients read it."""
-        made = {'id': f'{self.id}', 'created_at': made_at(self.added), 'updated_at': None}
+        made = {'id': f'{self.id}', 'created_at': made_at(self.place.added), 'updated_at': None}
         if self.network:
             return made | {'floating_network_id': self.network, 'floating_ip_address': self.name,
-                           'subnet_id': self.aggregate.split(' ')[2], 'reservable': True}
+                           'subnet_id': network_behind(self.place)[1], 'reservable': True}
         figures = {name: self.holds.get(figure) or 0 for name, figure in (
             ('vcpus', 'vcpus'), ('memory_mb', 'ram'), ('local_gb', 'DISK_GB'))}
         names = {'hypervisor_hostname': self.name, 'service_name': self.name}
@@ -21789,18 +21566,85 @@ class LeaseHost(NamedTuple):
 
     def meets(self, conditions: list[tuple[str, str, str]]) -> bool:
         """Whether all of some conditions hold, each a comparison, a property and a value."""
-        there = self.shown | {'resource': self.resource, 'cloud': self.cloud,
-                              'aggregate': self.aggregate}
+        there = self.shown | {'resource': self.place.name, 'cloud': self.place.cloud,
+                              'aggregate': self.place.aggregate}
         return all(name in there and is_compared(comparison, f'{there[name]}', value)
                    for comparison, name, value in conditions)
 
 
-class LeaseView:
-    """Leases and hosts as one actor sees and changes them."""
+class LeaseApi:
+    """One request of Blazar's clients: leases and hosts as one actor sees and changes them."""
 
-    def __init__(self, acting: Reservations):
+    def __init__(self, acting: Reservations, token: str = ''):
         self.acting, self.actor = acting, acting.actor
-        self.token = ''  # of Keystone, with which the request came
+        self.token = token  # of Keystone, with which the request came
+
+    # Leases
+
+    def list_leases(self, given: dict) -> dict:
+        own = '' if self.actor.role == ADMIN else 'WHERE project = ?'
+        who = () if self.actor.role == ADMIN else (self.actor.project,)
+        return {'leases': self.leases(rows(
+            f'SELECT * FROM blazar_lease {own} ORDER BY "end" DESC LIMIT {MOST_LEASES}', *who))}
+
+    def make_lease(self, given: dict) -> dict:
+        """Reserves all parts of a lease, or none."""
+        id, now, name = f'{uuid.uuid4()}', self.acting.clock(), lease_name(given)
+        start, end = read_lease_dates(given, now)
+        parts = [{'id': f'{uuid.uuid4()}', 'asked': read_lease_part(each)}
+                 for each in lease_parts(given)]
+        lease = {'id': id, 'name': name, 'user': self.actor.user, 'project': self.actor.project,
+                 'start': start, 'end': end, 'before_end': lease_before_end(given, start, end),
+                 'parts': json.dumps(parts), 'added': int(now)}
+        if not parts:
+            with self.acting.writing():
+                insert(BlazarLease, **lease)
+            return {'lease': self.lease(id)}
+        requests = LeaseRequests(self.acting, lease, parts).requests()
+
+        def also(answer: dict) -> None:
+            if not rehearsal.on:
+                insert(BlazarLease, **lease)
+                self.hold(id, parts, requests, answer)
+        self.acting.reserve([request for request, _ in requests], also=also)
+        self.lend_groups(id)
+        return {'lease': self.lease(id)}
+
+    def change_lease(self, given: dict) -> dict:
+        """Changes a lease: its name, its dates, the number of what its parts have."""
+        id, now = given['id'], self.acting.clock()
+        dates = {name: lease_date(given[f'{name}_date'], now) for name in ('start', 'end')
+                 if given.get(f'{name}_date') is not None}
+
+        def deed(now: float) -> None:
+            found = self.row(id)
+            before, = self.leases([found])
+            self.change_dates(found, dates)
+            for each in lease_parts(given):
+                self.change_part(found, before, each)
+            self.write_changes(found, given, dates, now)
+        self.acting.carry_out(deed)
+        return {'lease': self.lease(id)}
+
+    def write_changes(self, found, given: dict, dates: dict[str, int], now: float) -> None:
+        """Writes what a lease has otherwise that its reservations don't know; in a transaction."""
+        new = {**dates}
+        if 'name' in given:
+            new['name'] = lease_name(given)
+        if 'before_end_date' in given:
+            window = {'start': found.start, 'end': found.end} | dates
+            new['before_end'] = lease_before_end(given, *window.values())
+        if new:
+            change(BlazarLease, found.id, **new, changed=int(now))
+
+    def end_lease(self, given: dict) -> None:
+        """Ends what a lease has, and forgets it."""
+        def deed(now: float) -> None:
+            found = self.row(given['id'])
+            self.end(found)
+            run('DELETE FROM blazar_lease WHERE id = ?', found.id)
+            run('DELETE FROM blazar_hold WHERE lease_id = ?', found.id)
+        self.acting.carry_out(deed)
 
     def lend_groups(self, id: str) -> None:
         """Makes the server groups of a lease that begins now: its client reads their ids once.
@@ -21822,11 +21666,9 @@ class LeaseView:
                     with self.acting.writing():
                         note_lent(lent, 'server_group', made)
 
-    # Leases
-
     def row(self, id: str):
         """The row of a lease; NotFound if there is none, Forbidden if it is of another project."""
-        found = row('SELECT * FROM blazar_lease WHERE id = ?', id)
+        found = row('SELECT * FROM blazar_lease WHERE id = ?', id) if '\0' not in id else None
         if not found:
             raise NotFound(f"there is no lease {shown(id)}")
         if self.actor.role != ADMIN and found.project != self.actor.project:
@@ -21912,8 +21754,7 @@ class LeaseView:
         whose = [part['id'] for part, size in zip(parts, sizes) for _ in range(size)]
         for each, part in zip(answers, whose):
             made = row('SELECT reservation_id AS id FROM occurrence WHERE id = ?', each['id'])
-            run('INSERT INTO blazar_hold (reservation, lease_id, part) VALUES (?, ?, ?)',
-                made.id, id, part)
+            insert(BlazarHold, reservation=made.id, lease_id=id, part=part)
 
     def live(self, found, part: str = '') -> list:
         """The occurrences of a lease that are not over."""
@@ -21962,6 +21803,74 @@ class LeaseView:
 
     # Hosts
 
+    def add_host(self, given: dict) -> dict:
+        """Lets a host of an aggregate be reserved by its name."""
+        name = given.get('name') or given.get('id')
+        if not isinstance(name, str):
+            raise Invalid('Missing parameter name')
+        extras = read_extras({key: value for key, value in given.items()
+                              if key not in ('name', 'id')})
+        if any(host.name == name for host in self.hosts()):
+            raise Conflict(f"the host '{name}' can be reserved already")
+        cloud, (aggregate, *_) = self.first(
+            lambda opened: opened.aggregates(name), f"has a host '{name}'. Put it into an "
+            'aggregate first: openstack aggregate add host')
+        there = self.named(cloud, aggregate.name) | {name: aggregate.hosts[name]}
+        place = self.sync(cloud, aggregate._replace(hosts=there))
+        if aggregate.mark != place:
+            self.asks(cloud, lambda opened: opened.mark(aggregate, place))
+        self.set_extras(host_id(cloud, name), extras)
+        return {'host': self.host(host_id(cloud, name)).shown}
+
+    def change_host(self, given: dict) -> dict:
+        """Says more of a host, or something else; null says it no more."""
+        extras = read_extras({key: value for key, value in given.items() if key != 'id'})
+        if not extras:
+            raise Invalid('say what is to be otherwise, such as {"gpu": "2"}')
+        self.host(given['id'])
+        self.set_extras(given['id'], extras)
+        return {'host': self.host(given['id']).shown}
+
+    def remove_host(self, given: dict) -> None:
+        """Lets a host or floating IP no more be reserved by its name."""
+        host = self.host(given['id'])
+        cloud, aggregate = host.place.cloud, host.place.aggregate
+        left = self.named(cloud, aggregate)
+        if not left.pop(host.name, None):
+            raise Conflict(f"'{host.name}' is a resource, not a host: resource delete {host.name}")
+        if left:
+            self.sync(cloud, Aggregate(aggregate, left, ''))
+        else:
+            self.acting.resource_delete(host.place.name)
+        self.set_extras(host.id, dict.fromkeys(host.extras))
+
+    def show_allocation(self, given: dict) -> dict:
+        id = f"{self.host(given.pop('id')).id}"
+        found = [each for each in self.allocations(given) if each['resource_id'] == id]
+        return {'allocation': found[0] if found else {'resource_id': id, 'reservations': []}}
+
+    def list_properties(self, given: dict) -> dict:
+        """What can be asked of hosts; with `detail` also which values there are."""
+        hidden, values = said_of_hosts()[0], defaultdict(set)
+        for host in self.hosts():
+            for name, value in host.extras.items():
+                values[name].add(value)
+        shown = {name for name in values if name not in hidden or read_bool(given.get('all', '0'))}
+        detail = read_bool(given.get('detail', '0'))
+        return {'resource_properties': [{'property': name} | ({
+            'private': name in hidden, 'values': sorted(values[name])} if detail else {})
+            for name in sorted(shown)]}
+
+    def hide_property(self, given: dict) -> dict:
+        """Shows a property to everybody or hides it from lists."""
+        name, private = given['name'], read_bool(given.get('private', False))
+        if not any(name in host.extras for host in self.hosts()):
+            raise NotFound(f"no host has a property '{name}'")
+        self.set_extras(0, {name: 'private' if private else None})
+        return {'resource_property': {
+            'id': name, 'resource_type': 'physical:host', 'property_name': name,
+            'private': private, 'created_at': None, 'updated_at': None}}
+
     def hosts(self, addresses: bool = False) -> list[LeaseHost]:
         """All hosts that can be reserved by their names; of resources without such, themselves; or
         all floating IPs."""
@@ -21974,8 +21883,8 @@ class LeaseView:
                 id = (derived_uuid(f'{place.aggregate} {name}') if network else
                       host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
-                found.append(LeaseHost(id, name, place.name, place.cloud, place.aggregate, holds,
-                                       figures | extras[id], place.added, not named, network))
+                found.append(LeaseHost(id, name, place, holds, figures | extras[id], not named,
+                                       network))
         return found
 
     def host(self, id: int | str) -> LeaseHost:
@@ -22027,9 +21936,7 @@ class LeaseView:
             'LEFT JOIN blazar_hold h ON h.reservation = r.id '
             f'WHERE o.due IS NOT NULL AND o."end" > ? AND o.cancelled IS NULL AND r.waiting IS NULL'
             f' ORDER BY o.start LIMIT {MOST_LEASES}', 0 if wanted else int(self.acting.clock()))
-        places = {each.name: each.id for each in self.acting.look.places()}
-        ids = {(places[each.resource], '' if each.whole else each.name): each.id
-               for each in self.hosts()}
+        ids = {(each.place.id, '' if each.whole else each.name): each.id for each in self.hosts()}
         lines = defaultdict(list)
         for each in found:
             line = {'id': each.part or derived_uuid(f'part {each.reservation_id}'),
@@ -22041,6 +21948,22 @@ class LeaseView:
                 lines[host].append(line)
         return [{'resource_id': f'{host}', 'reservations': each} for host, each in lines.items()]
 
+    # Floating IPs
+
+    def add_address(self, given: dict) -> dict:
+        """Lets a floating IP of a network be reserved."""
+        network, address = map(given.get, ('floating_network_id', 'floating_ip_address'))
+        if not isinstance(network, str) or not isinstance(address, str):
+            raise Invalid('Missing parameter floating_network_id or floating_ip_address')
+        cloud, subnet = self.first(lambda opened: opened.subnet(network, address),
+                                   f'has {address} in a subnet of the network {network}')
+        aggregate = f'floating-IPs {cloud} {subnet} {network}'
+        there = self.named('', aggregate)
+        if address in there:
+            raise Conflict(f'{address} can be reserved already')
+        self.sync('', Aggregate(aggregate, there | {address: NOTHING}, ''))
+        return {'floatingip': self.host(derived_uuid(f'{aggregate} {address}')).shown}
+
 
 class LeaseRequests:
     """A lease as requests of `add`, of which the first that fits is taken."""
@@ -22050,11 +21973,11 @@ class LeaseRequests:
         self.common = {name: each.default for name, each in API['add'].parameters.items()}
         self.common |= {'start': instant(lease['start']), 'end': instant(lease['end']),
                         'resource': ANY}
-        self.view = LeaseView(acting)
+        self.api = LeaseApi(acting)
 
     def requests(self) -> list[tuple[Request, list[int]]]:
         """Each with how many of its parts are of which part of the lease."""
-        spans = [(each.get('min', 1), each.get('max', 1)) for each in self.asked]
+        spans = [(each.get('min', 1), min(each.get('max', 1), MOST_PARTS)) for each in self.asked]
         label, found, choices = self.label(), [], [*map(self.choices, self.asked)]
         for fewer in range(max(most - least for least, most in spans) + 1):
             sizes = [max(least, most - fewer) for least, most in spans]
@@ -22088,11 +22011,11 @@ class LeaseRequests:
         """The wishes for one part, wherever it could be; the reason if that is nowhere."""
         conditions = read_properties(asked.get('resource_properties', ''))
         conditions += read_properties(asked.get('hypervisor_properties', ''))
-        words = {name: value for comparison, name, value in conditions if name in LEASE_WORDS}
-        if any(name in LEASE_WORDS and comparison not in ('=', '==')
-               for comparison, name, _ in conditions):
+        said = [each for each in conditions if each[1] in LEASE_WORDS]
+        if {comparison for comparison, _, _ in said} - {'=', '=='}:
             raise Invalid('what is started is said with ==, such as ["==", "$image", "ubuntu"]')
-        rest = [each for each in conditions if each[1] not in LEASE_WORDS]
+        words = {name: value for _, name, value in said}
+        rest = [each for each in conditions if each not in said]
         found, refusal = [], None
         for place in self.options(asked, rest):
             try:
@@ -22105,17 +22028,10 @@ class LeaseRequests:
 
     def options(self, asked: dict, conditions: list) -> Iterator[dict]:
         """Where a part could be: on a host, at an address, or on a resource."""
-        if asked['resource_type'] == 'virtual:floatingip':
-            others = {'', *asked['required_floatingips']} - {asked['address']}
-            for host in self.view.hosts(addresses=True):
-                if host.network == asked['network_id'] and host.name not in others and (
-                        asked['address'] in ('', host.name)):
-                    yield {'resource': host.resource, 'host': host.name, 'cloud_': ''}
-            return
-        if asked['resource_type'] == 'physical:host':
-            for host in self.view.hosts():
-                if not host.whole and host.meets(conditions):
-                    yield {'resource': host.resource, 'host': host.name, 'cloud_': host.cloud}
+        if 'max' in asked:
+            for host in self.api.hosts(addresses='network_id' in asked):
+                if is_asked_for(host, asked) and host.meets(conditions):
+                    yield {'resource': host.place.name, 'host': host.name}
             return
         for name in {each[1] for each in conditions} - {*LEASE_PLACES}:
             raise Invalid(f"resource_properties: '{name}' is none of "
@@ -22125,23 +22041,22 @@ class LeaseRequests:
             there = {'resource': place.name} | {each: getattr(place, each) for each in PLACE}
             if all(is_compared(comparison, there[name], value)
                    for comparison, name, value in conditions):
-                yield {'resource': place.name, 'cloud_': place.cloud}
+                yield {'resource': place.name}
 
     def wish(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
-        cloud = place.pop('cloud_')
         given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount'],
                                                'affinity': ON_HOSTS_SO[asked.get('affinity')]}
-        each = asked.get('vcpus', 0), asked.get('memory_mb', 0)
         if asked['resource_type'] == 'flavor:instance':
             return given | {'flavor': asked['flavor_id']}
-        if asked['resource_type'] == 'virtual:instance' and not given['flavor']:
-            if not given['image']:
-                row = self.acting.look.resource_row(given['resource'])
-                size = Flavor(*each, disk=asked.get('disk_gb') or 1)  # as `lent_things` lends it
-                return given | {'each': takes_of(size, row)}
-            given['flavor'] = self.flavor(cloud, *each)
-        return given
+        if asked['resource_type'] != 'virtual:instance' or given['flavor']:
+            return given
+        row = self.acting.look.resource_row(given['resource'])
+        each = asked['vcpus'], asked['memory_mb']
+        if given['image']:
+            return given | {'flavor': self.flavor(row.cloud, *each)}
+        size = Flavor(*each, disk=asked['disk_gb'] or 1)  # as `lent_things` lends it
+        return given | {'each': takes_of(size, row)}
 
     def flavor(self, cloud: str, vcpus: int, ram: int) -> str:
         """The smallest flavor in which so much fits."""
@@ -22155,6 +22070,13 @@ class LeaseRequests:
         if not fits:
             raise Invalid(f'the cloud {account} has no flavor with {vcpus} vcpus and {ram} MiB')
         return min(fits)[1]
+
+
+def is_asked_for(host: LeaseHost, asked: dict) -> bool:
+    """Whether a part may have a host or a floating IP, whatever else is asked of it."""
+    others = {*asked.get('required_floatingips', ())} - {asked['address']}
+    return (not host.whole and host.network == asked.get('network_id', '')
+            and host.name not in others and asked['address'] in ('', host.name))
 
 
 def in_blazars_words(body: dict, status: int) -> dict:
@@ -22187,7 +22109,7 @@ def read_properties(text: str) -> list[tuple[str, str, str]]:
         each = said[1:] if said and said[0] == 'and' else [said] if said else []
         found = [(comparison, name.removeprefix('$'), f'{value}')
                  for comparison, name, value in each if COMPARED[comparison]]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Invalid(f'Malformed requirements {shown(text)}: write ["==", "$image", "ubuntu"], '
                       'and several as ["and", [...], [...]]') from None
     return found
@@ -22204,11 +22126,12 @@ def read_extras(given: dict) -> dict:
     return given
 
 
-def lease_list(value, name: str) -> list[dict]:
-    """A list of objects in a body."""
+def lease_parts(given: dict) -> list[dict]:
+    """The reservations that a body lists."""
+    value = given.get('reservations')
     if value is not None and not (isinstance(value, list) and all(
             isinstance(each, dict) for each in value)):
-        raise Invalid(f'{name}: {shown(value)} is not a list of objects')
+        raise Invalid(f'reservations: {shown(value)} is not a list of objects')
     return value or []
 
 
@@ -22234,7 +22157,7 @@ def lease_date(value, now: float) -> int:
 
 def read_lease_dates(given: dict, now: float) -> tuple[int, int]:
     """The window that a new lease asks for."""
-    for name in ('name', 'start_date', 'end_date'):
+    for name in ('start_date', 'end_date'):
         if given.get(name) is None:
             raise Invalid(f'Missing parameter {name}')
     start, end = (lease_date(given[name], now) for name in ('start_date', 'end_date'))
@@ -22258,20 +22181,12 @@ def lease_before_end(given: dict, start: int, end: int) -> int | None:
 def read_lease_part(given: dict) -> dict:
     """What a part of a lease asks for, by the fields of its type."""
     kind = given.get('resource_type')
-    if kind not in LEASE_FIELDS:
+    if kind not in [*LEASE_FIELDS]:  # it may be a list
         raise Invalid('Missing parameter resource_type' if kind is None else
                       f'The {kind} resource type is not supported here; there are '
                       f"{', '.join(LEASE_FIELDS)}")
-    read = {'resource_type': kind}
-    for name, of_type in LEASE_FIELDS[kind].items():
-        value = given.get(name)
-        if value is None and name not in LEASE_OPTIONAL:
-            raise Invalid(f'Missing parameter {name}')
-        try:
-            reader, usual = LEASE_READERS[of_type]
-            read[name] = reader(usual if value is None else value)
-        except ValueError as error:
-            raise Invalid(f'{name}: {error}') from None
+    read = {'resource_type': kind} | {name: read_lease_field(name, given.get(name))
+                                      for name in LEASE_FIELDS[kind]}
     if kind == 'physical:host' and not 0 < read['min'] <= read['max']:
         raise Invalid(f"min {read['min']} must be at least 1 and at most max {read['max']}")
     if read.get('amount', 1) < 1:
@@ -22283,6 +22198,18 @@ def read_lease_part(given: dict) -> dict:
     return read
 
 
+def read_lease_field(name: str, value):
+    """The value of a field, or what it is without one."""
+    value = LEASE_OPTIONAL.get(name) if value is None else value
+    if value is None:
+        raise Invalid(f'Missing parameter {name}')
+    reader = LEASE_READERS.get(name, lambda text: read_str(f'{text}', most=4000))
+    try:
+        return reader(value)
+    except ValueError as error:
+        raise Invalid(f'{name}: {error}') from None
+
+
 def read_affinity(value) -> bool | None:
     """Whether all are to be on one host; clients have many ways to say that it is all the same."""
     if f'{value}'.lower() not in AFFINITIES:
@@ -22290,9 +22217,74 @@ def read_affinity(value) -> bool | None:
     return AFFINITIES[f'{value}'.lower()]
 
 
-#: What reads a field, and what it is without a value.
-LEASE_READERS = {int: (between(0, 10**9), 0), bool: (read_affinity, ''), list: (read_names, []),
-                 str: (lambda value: read_str(f'{value}', most=4000), '')}
+#: What reads the fields of a reservation that are no text.
+LEASE_READERS = {
+    'affinity': read_affinity, 'required_floatingips': read_names, **dict.fromkeys(
+        ('amount', 'vcpus', 'memory_mb', 'disk_gb', 'min', 'max'), between(0, 10**9))}
+
+
+#: The addresses of the API: what answers, and the operation that who asks must be allowed.
+LEASE_ROUTES = (
+    ('GET', '/leases', LeaseApi.list_leases, 'list'),
+    ('POST', '/leases', LeaseApi.make_lease, 'add'),
+    ('GET', '/leases/<id>', lambda api, given: {'lease': api.lease(given['id'])}, 'list'),
+    ('PUT', '/leases/<id>', LeaseApi.change_lease, 'update'),
+    ('DELETE', '/leases/<id>', LeaseApi.end_lease, 'delete'),
+    ('GET', '/os-hosts', lambda api, given: {'hosts': [each.shown for each in api.hosts()]},
+     'resource_list'),
+    ('POST', '/os-hosts', LeaseApi.add_host, 'resource_sync'),
+    ('GET', '/os-hosts/allocations', lambda api, given: {'allocations': api.allocations(given)},
+     'resource_list'),
+    ('GET', '/os-hosts/properties', LeaseApi.list_properties, 'resource_list'),
+    ('PATCH', '/os-hosts/properties/<name>', LeaseApi.hide_property, 'resource_sync'),
+    ('GET', '/os-hosts/<id:int>', lambda api, given: {'host': api.host(given['id']).shown},
+     'resource_list'),
+    ('PUT', '/os-hosts/<id:int>', LeaseApi.change_host, 'resource_sync'),
+    ('DELETE', '/os-hosts/<id:int>', LeaseApi.remove_host, 'resource_sync'),
+    ('GET', '/os-hosts/<id:int>/allocation', LeaseApi.show_allocation, 'resource_list'),
+    ('GET', '/floatingips', lambda api, given: {
+        'floatingips': [each.shown for each in api.hosts(addresses=True)]}, 'resource_list'),
+    ('POST', '/floatingips', LeaseApi.add_address, 'resource_sync'),
+    ('GET', '/floatingips/<id>', lambda api, given: {'floatingip': api.host(given['id']).shown},
+     'resource_list'),
+    ('DELETE', '/floatingips/<id>', LeaseApi.remove_host, 'resource_sync'))
+
+
+def mount_blazar(app, service: Reservations) -> None:
+    """Adds the addresses of the API to an application."""
+    def versions():
+        there = service.config.public_url.rstrip('/') or '{0.scheme}://{0.netloc}'.format(
+            bottle.request.urlparts)
+        return sent(json_text({'versions': [{
+            'id': 'v1.0', 'status': 'CURRENT', 'min_version': '1.0', 'max_version': '1.0',
+            'links': [{'href': f'{there}{BLAZAR}/v1', 'rel': 'self'}]}]}), 300, UNKEPT)
+    for path in ('', '/versions'):
+        app.route(BLAZAR + path, 'GET', versions)
+    for verb, path, handle, needed in LEASE_ROUTES:
+        app.route(f'{BLAZAR}/v1{path}', verb, answering_blazar(service, handle, needed))
+
+
+def answering_blazar(service: Reservations, handle: Callable, needed: str) -> Callable:
+    """Answers who may call the operation that is needed; errors as Blazar's clients read them."""
+    def handler(**path):
+        request = bottle.request
+        try:
+            acting = service.acting(who_asks(service, request))
+            acting.wanted = while_there(request.environ)
+            with acting.shares.answering(acting.actor.user):
+                refuse_to(acting.actor, API[needed])
+                if acting.actor.resource is not None:
+                    raise Forbidden('this token is only for one resource, and leases are of all')
+                query = read_query(request) if request.method == 'GET' else {}
+                given = read_body(request, MOST_BODY) | path | query
+                answer = handle(LeaseApi(acting, keystone_token(service, request)), given)
+        except Error as error:
+            body = in_blazars_words(error_body(error), error.status)
+            return sent(json_text(body), error.status, UNKEPT | headers_of(error))
+        status = {'POST': 201, 'DELETE': 204}.get(request.method, 200)
+        return sent('' if status == 204 else json_text(answer), status,
+                    UNKEPT | {'OpenStack-API-Version': 'reservation 1.0'})
+    return handler
 
 
 # CalDAV ######################################################################
@@ -22344,9 +22336,9 @@ NO_XML = Pattern('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
 class Refused(Error):
     """A condition of CalDAV that is not met, by the name of its element (RFC 4791, 1.3)."""
 
-    def __init__(self, status: int, element: str, sentence: str, **details):
+    def __init__(self, element: str, sentence: str, **details):
         super().__init__(sentence, **details)
-        self.status, self.element = status, element
+        self.element, self.status = element, 405 if element == 'D:supported-method' else 403
 
 
 class Component:
@@ -22580,11 +22572,9 @@ class Understood(NamedTuple):
 
     def slots(self, begin: float, until: float) -> list[Slot]:
         """What it wants of a window; what takes long to follow is left out."""
-        try:
-            with Budget().event(True):
-                return all_slots(self.booking.stretches, begin, until)
-        except (Error, ValueError, OverflowError):
-            return []
+        with suppress(Error, ValueError, OverflowError), Budget().event(True):
+            return all_slots(self.booking.stretches, begin, until)
+        return []
 
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
@@ -22628,7 +22618,8 @@ class Folder:
 
     def find(self, name: str):
         """What it has under a name; None if nothing."""
-        return next(iter(self.objects('name = ? AND gone IS NULL', name)), None)
+        found = [] if '\0' in name else self.objects('name = ? AND gone IS NULL', name)
+        return next(iter(found), None)
 
     @property
     def newest(self) -> int:
@@ -22648,7 +22639,7 @@ class Folder:
         found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
         numbers = tuple(map(int, found.groups())) if found else (-1, 0)
         if not int(fact(FORGOTTEN) or 0) <= numbers[0] <= self.newest:
-            raise Refused(403, 'D:valid-sync-token', 'this token is not of this calendar, or is '
+            raise Refused('D:valid-sync-token', 'this token is not of this calendar, or is '
                           'too old. Ask without a token for all that is there')
         return numbers
 
@@ -22683,17 +22674,20 @@ class Folder:
         """What an object asks for, if it is what one may be (RFC 4791, 4.1)."""
         entries = read_calendar(text, 'the event')
         if not entries or OTHER_KINDS.search(text):
-            raise Refused(403, 'C:supported-calendar-component',
+            raise Refused('C:supported-calendar-component',
                           'only events are reserved here, no tasks and nothing else')
+        if len(events_in(components(text))) != len(entries):
+            raise Refused('C:valid-calendar-data', 'each event has to begin with a line '
+                          'BEGIN:VEVENT')
         groups = by_uid(entries)
         if len(groups) > 1 or METHOD_LINE.search(text):
-            raise Refused(403, 'C:valid-calendar-object-resource',
+            raise Refused('C:valid-calendar-object-resource',
                           'one event is needed with the exceptions of it, and no METHOD')
         now, usual = self.acting.here.now, self.usual or Want()
         until = now + timedelta(days=self.acting.config.horizon)
         wanted = bookings(groups, self.zone, now, until, usual, usual)
         if not wanted:
-            raise Refused(403, 'C:valid-calendar-object-resource',
+            raise Refused('C:valid-calendar-object-resource',
                           'this event is of a feed of cmres: what it shows is reserved already')
         return Understood(text, wanted[0], *groups.values(), self.zone)
 
@@ -22798,7 +22792,7 @@ def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
         return ''
     when = format_time(instant(current.start), zone)
     head = f'{when}: {current.state}' if current.repeats else current.state
-    lines = log_in_lines(acting.config, current, addresses_of(current.id))
+    lines = log_in_lines(acting.config, current, addresses_of([current.id])[current.id])
     return '\n'.join(filter(None, [head, *lines, current.fault]))
 
 
@@ -22896,15 +22890,22 @@ def reservation_text(folder: Folder, id: int) -> str:
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
              *want_lines(folder, found, found.vms), 'END:VEVENT']
     form = Form(Component([folded(each) for each in lines]), zone)
-    plan, events = plan_of(stretches, there) if stretches else {}, [form.head]
-    for each in live if stretches else ():
-        slot = plan.get(each.slot)
-        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
-            events.append(form.exception(Slot(each.slot, *each[1:5])))
-            for line in want_lines(folder, found, each.vms):
-                events[-1].put_line(line.partition(':')[0], folded(line))
+    others = differing(folder, found, form, live, plan_of(stretches, there)) if stretches else ()
+    events = [form.head, *others]
     Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
+
+
+def differing(folder: Folder, found, form: Form, live: list,
+              plan: dict[str, Slot]) -> Iterator[Component]:
+    """The occurrences of a series that are not as it says, as events of their own."""
+    for each in live:
+        slot = plan.get(each.slot)
+        if not slot or (slot.start, slot.end, found.vms) != (each.start, each.end, each.vms):
+            event = form.exception(Slot(each.slot, *each[1:5]))
+            for line in want_lines(folder, found, each.vms):
+                event.put_line(line.partition(':')[0], folded(line))
+            yield event
 
 
 def want_lines(folder: Folder, found, vms: int) -> list[str]:
@@ -22963,14 +22964,14 @@ def series_lines(stretches: list[Stretch], there: list, zone: ZoneInfo) -> list[
 class Draft:
     """What a program sends for a name of a calendar, and what the calendar has there."""
 
-    def __init__(self, folder: Folder, name: str, look: Callable):
-        self.folder, self.name, self.look, self.acting = folder, name, look, folder.acting
+    def __init__(self, folder: Folder, name: str, request):
+        self.folder, self.name, self.request, self.acting = folder, name, request, folder.acting
         self.had = self.as_it_is()
 
     def as_it_is(self):
         """What the calendar has now; the request is refused if it was meant for another state."""
         found = self.folder.find(self.name)
-        self.look(found)
+        refuse_other_state(self.request, found)
         return found
 
     def put(self, data: bytes) -> tuple[bool, str]:
@@ -22995,14 +22996,15 @@ class Draft:
         other = self.folder.objects('uid = ? AND name <> ? AND gone IS NULL LIMIT 1', uid,
                                     self.name)
         if other or self.had and self.had.uid != uid:
-            raise Refused(403, 'C:no-uid-conflict', 'another event of this calendar has that UID',
-                          href=(other[0] if other else self.had).name)
+            named = (other[0] if other else self.had).name
+            raise Refused('C:no-uid-conflict', 'another event of this calendar has that UID',
+                          href=href_of(self.acting.actor.user, self.folder.name, named))
         if self.had or not most:
             return
         there, = run(f'SELECT count(*) {Folder.OBJECTS} AND gone IS NULL',
                      *self.folder.whose).fetchone()
         if there >= most:
-            raise Refused(403, 'D:quota-not-exceeded', f'this calendar has {most} events, as many '
+            raise Refused('D:quota-not-exceeded', f'this calendar has {most} events, as many '
                           'as it may have. Delete old ones first')
 
     @property
@@ -23015,7 +23017,8 @@ class Draft:
         """What the event asks for; what it doesn't say stays as it was reserved."""
         acting, booking, known = self.acting, self.booking, self.known
         old = known and known.over > acting.clock() and acting.look.next_of(known.id)
-        said = NOTHING_SAID | (acting.wishes.unaltered(old) if old else {})
+        said = {name: usual for name, (_, usual) in EVENT_DEFAULTS.items()}
+        said |= acting.wishes.unaltered(old) if old else {}
         said |= {'on_conflict': 'skip' if repeats(booking) else 'refuse'}
         before = self.had.text if self.had else ''
         guests, invited = guests_in(self.event.text), guests_in(before)
@@ -23088,7 +23091,7 @@ class Draft:
         said = f'{self.explained(refusal)}'.removeprefix(f'{self.booking.name}: ')
         why = said[:1].upper() + said[1:]
         if acting.config.caldav_refusal == '403':
-            raise Refused(403, 'V:no-capacity' if full else 'V:not-reserved', why)
+            raise Refused('V:no-capacity' if full else 'V:not-reserved', why)
         with acting.writing() as now:
             self.had = self.as_it_is()
             if self.had and not (self.known and self.known.over > now):
@@ -23134,10 +23137,6 @@ class Draft:
             self.folder.write(self.name, '', '', gone=int(now), reservation=None)
 
 
-#: What a calendar program doesn't say of a new event, named as in `import`.
-NOTHING_SAID = Want()._asdict() | {'at_end': '', 'notify': (), 'tz': '', 'user': '', 'project': ''}
-
-
 def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
     """The sentence of a refusal, with what would fit."""
     offers = {'next_start': lambda at: f'from {format_moment(at, zone)}',
@@ -23152,13 +23151,13 @@ def in_other_words(refusal: NoCapacity, zone: tzinfo) -> str:
 def object_text(data: bytes) -> str:
     """The text of a calendar object, if it is one and not too large."""
     if len(data) > MOST_OBJECT:
-        raise Refused(403, 'C:max-resource-size', f'an event has at most {MOST_OBJECT} bytes')
+        raise Refused('C:max-resource-size', f'an event has at most {MOST_OBJECT} bytes')
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise Refused(403, 'C:valid-calendar-data', 'the event is not UTF-8') from None
+        raise Refused('C:valid-calendar-data', 'the event is not UTF-8') from None
     if NO_XML.search(text):
-        raise Refused(403, 'C:valid-calendar-data', 'the event has control characters')
+        raise Refused('C:valid-calendar-data', 'the event has control characters')
     return text
 
 
@@ -23242,16 +23241,16 @@ class Query:
     def __init__(self, root, zone: ZoneInfo, budget: Budget):
         self.zone, self.budget = zone, budget
         if sum(1 for _ in root.iter()) > MOST_FILTERS:
-            raise Refused(403, 'C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
+            raise Refused('C:supported-filter', f'a filter has at most {MOST_FILTERS} parts')
         for each in root.iterfind('.//C:prop-filter', NAMESPACES):
             if {short_name(one.tag) for one in each} - {'C:text-match', 'C:is-not-defined'}:
-                raise Refused(403, 'C:supported-filter', 'properties are looked for by text only')
+                raise Refused('C:supported-filter', 'properties are looked for by text only')
         for each in root.iterfind('.//C:text-match', NAMESPACES):
             if each.get('collation', COLLATIONS[0]) not in COLLATIONS:
-                raise Refused(403, 'C:supported-collation', f'texts are compared by {COLLATIONS}')
+                raise Refused('C:supported-collation', f'texts are compared by {COLLATIONS}')
         whole = root.find('C:comp-filter', NAMESPACES)
         if whole is None or whole.get('name') != 'VCALENDAR' or is_absent(whole):
-            raise Refused(403, 'C:supported-filter', 'a filter is one of what a VCALENDAR has')
+            raise Refused('C:supported-filter', 'a filter is one of what a VCALENDAR has')
         spans = [read_range(each) for each in root.iterfind('.//C:time-range', NAMESPACES)]
         self.parts, self.timed = whole.findall('C:comp-filter', NAMESPACES), bool(spans)
         first = whole.find('C:comp-filter/C:time-range', NAMESPACES)
@@ -23354,7 +23353,7 @@ def read_range(element) -> tuple[int, int]:
                 raise Invalid(f'{shown(text)} is not such as 20270301T090000Z')
             found[name] = int(moment.at(UTC).timestamp())
         except Invalid as error:
-            raise Refused(403, 'C:valid-filter', f'{name}: {error}') from None
+            raise Refused('C:valid-filter', f'{name}: {error}') from None
     begin = found.get('start', 0)
     until = min(found.get('end', begin + 2 * 366 * DAY), int(LAST.timestamp()))
     return begin, max(until, begin)
@@ -23429,18 +23428,18 @@ class Dav:
         """The answer of a verb at the address."""
         verb = self.request.method
         if self.names and self.names[0] != self.user:
-            raise Refused(403, 'D:need-privileges', 'this address is of somebody else')
+            raise Refused('D:need-privileges', 'this address is of somebody else')
         if verb in ('MKCALENDAR', 'MKCOL'):
-            raise Refused(403, 'C:calendar-collection-location-ok', 'there is a calendar for each '
+            raise Refused('C:calendar-collection-location-ok', 'there is a calendar for each '
                           'resource, and no others can be made here')
-        if len(self.names) > 3:
+        if len(self.names) > 3 or NO_XML.search(self.request.path):
             raise NotFound('there is nothing at this address')
         if len(self.names) > 1:
             self.folder  # there must be one
         if verb not in DAV_VERBS.split(', '):
-            raise Refused(405, 'D:supported-method', f'use one of {DAV_VERBS}')
+            raise Refused('D:supported-method', f'use one of {DAV_VERBS}')
         if verb in ('PUT', 'DELETE', 'PROPPATCH') and not self.writes:
-            raise Refused(403, 'D:need-privileges', 'your token can only read calendars')
+            raise Refused('D:need-privileges', 'your token can only read calendars')
         refresh(self.acting, known)
         return getattr(self, verb.lower().replace('head', 'get'))()
 
@@ -23565,7 +23564,7 @@ class Dav:
         """Lists properties of the address, and of what is in it."""
         depth = header(self.request, 'Depth', '0').strip().lower()
         if depth == 'infinity':
-            raise Refused(403, 'D:propfind-finite-depth', 'ask with Depth: 0 or 1')
+            raise Refused('D:propfind-finite-depth', 'ask with Depth: 0 or 1')
         if depth not in ('0', '1'):
             raise Invalid(f'Depth: {shown(depth)} is neither 0 nor 1')
         root = read_xml(self.request)
@@ -23606,10 +23605,10 @@ class Dav:
     def get(self):
         """The text of an event."""
         if len(self.names) < 3:
-            raise Refused(405, 'D:supported-method', 'this is the address for calendar programs, '
+            raise Refused('D:supported-method', 'this is the address for calendar programs, '
                           f'which ask with PROPFIND and REPORT; use one of {DAV_VERBS}')
         item = self.item(self.names[2])
-        same = item.etag in header(self.request, 'If-None-Match')
+        same = is_among(header(self.request, 'If-None-Match').strip(), item)
         return sent('' if same else item.text, 304 if same else 200, DAV_HEADERS | {
             'Content-Type': ICS, 'ETag': item.etag})
 
@@ -23619,34 +23618,34 @@ class Dav:
         try:
             new, etag = draft.put(data)
         except BadCalendar as error:
-            raise Refused(403, 'C:valid-calendar-data', f'{error}') from None
+            raise Refused('C:valid-calendar-data', f'{error}') from None
         return sent('', 201 if new else 204, DAV_HEADERS | ({'ETag': etag} if etag else {}))
 
     def delete(self):
         """Cancels what an event has reserved."""
         if len(self.names) < 3:
-            raise Refused(403, 'D:need-privileges', 'only events can be deleted')
+            raise Refused('D:need-privileges', 'only events can be deleted')
         self.draft().delete()
         return sent('', 204, DAV_HEADERS)
 
     def draft(self) -> Draft:
         """What is to be written; refused where no event is, or one that is only shown."""
         if len(self.names) < 3:
-            raise Refused(405, 'D:supported-method', 'events are put into a calendar by a name of '
+            raise Refused('D:supported-method', 'events are put into a calendar by a name of '
                           'their own')
         name = self.names[2]
         if self.busy_named(name):
-            raise Refused(403, 'D:need-privileges', 'this event shows what others have reserved')
+            raise Refused('D:need-privileges', 'this event shows what others have reserved')
         if len(name) > 255:
-            raise Refused(403, 'D:name-allowed', 'the name of an event has at most 255 letters')
-        return Draft(self.folder, name, condition(self.request))
+            raise Refused('D:name-allowed', 'the name of an event has at most 255 letters')
+        return Draft(self.folder, name, self.request)
 
     def report(self):
         """Answers one of REPORTS."""
         root = read_xml(self.request)
         name = short_name(root.tag) if root is not None else ''
         if name not in REPORTS or len(self.names) < 2:
-            raise Refused(403, 'D:supported-report', f"here are the reports {', '.join(REPORTS)}")
+            raise Refused('D:supported-report', f"here are the reports {', '.join(REPORTS)}")
         window = root.find('D:prop/C:calendar-data/C:expand', NAMESPACES)
         self.window = window if window is None else read_range(window)
         return getattr(self, name.partition(':')[2].replace('-', '_'))(root)
@@ -23656,12 +23655,12 @@ class Dav:
         wanted, found = wanted_in(root), []
         hrefs = ((each.text or '').strip() for each in root.iterfind('D:href', NAMESPACES))
         for href in dict.fromkeys(hrefs):
-            names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
             try:
+                names = [*map(unquote, urlsplit(href).path.removeprefix(DAV + '/').split('/'))]
                 if names[:2] != self.names[:2] or len(names) != 3:
                     raise NotFound(href)
                 found.append(self.told(wanted, self.item(names[2])))
-            except NotFound:
+            except (NotFound, ValueError):  # or it is no address
                 found.append(response_text(xml_text(href), status='404 Not Found'))
         return multistatus(found)
 
@@ -23669,7 +23668,7 @@ class Dav:
         """Tells of the events that a filter takes."""
         wanted, asked = wanted_in(root), root.find('C:filter', NAMESPACES)
         if asked is None:
-            raise Refused(403, 'C:valid-filter', 'a calendar-query needs a filter')
+            raise Refused('C:valid-filter', 'a calendar-query needs a filter')
         with self.acting.shares.computing():
             query = Query(asked, self.folder.zone, self.budget)
             return multistatus(self.told(wanted, each) for each in self.items(query.begin)
@@ -23697,7 +23696,7 @@ class Dav:
         """Tells when a resource has no free capacity (RFC 4791, 7.10)."""
         element = root.find('C:time-range', NAMESPACES)
         if element is None or not self.folder.id:
-            raise Refused(403, 'C:valid-filter', 'free and busy times are those of a resource, in '
+            raise Refused('C:valid-filter', 'free and busy times are those of a resource, in '
                           'a time-range')
         begin, until = read_range(element)
         times = {'DTSTAMP': int(self.acting.clock()), 'DTSTART': begin, 'DTEND': until}
@@ -23732,20 +23731,19 @@ def busy_lines(place, begin: int, until: int) -> Iterator[str]:
             yield f'FREEBUSY;FBTYPE={kind}:{stamp_of(first)}/{stamp_of(last)}'
 
 
-def condition(request) -> Callable:
-    """What refuses a request that was meant for another state of an object (RFC 9110, 13.1)."""
+def refuse_other_state(request, found) -> None:
+    """Refuses a request that was meant for another state of an object (RFC 9110, 13.1)."""
     match, none = (header(request, name).strip() for name in ('If-Match', 'If-None-Match'))
+    if match and not is_among(match, found):
+        raise Changed('the event was changed or deleted since you read it')
+    if none and is_among(none, found):
+        raise Changed('there is such an event already')
 
-    def names(wanted: str, found) -> bool:
-        tags = [each.strip().removeprefix('W/') for each in wanted.split(',')]
-        return bool(found) and (wanted == '*' or found.etag in tags)
 
-    def look(found) -> None:
-        if match and not names(match, found):
-            raise Changed('the event was changed or deleted since you read it')
-        if none and names(none, found):
-            raise Changed('there is such an event already')
-    return look
+def is_among(tags: str, found) -> bool:
+    """Whether there is an object, and its ETag is one of those in a header."""
+    listed = [each.strip().removeprefix('W/') for each in tags.split(',')]
+    return bool(found) and (tags == '*' or found.etag in listed)
 
 
 def wanted_in(root, name: str = '') -> list[str] | None:
@@ -28032,7 +28030,7 @@ def web(service: Reservations):
         return visit.laid_out('Not available' if failure.status_code >= 500 else 'Not here', body)
     app = rest(service, told, lambda request: pages.visit(request).actor)
     mount_caldav(app, service)
-    Blazar(service).mount(app)
+    mount_blazar(app, service)
     mount_pages(pages, app)
     return app
 

@@ -19714,6 +19714,14 @@ def test_two_leases_may_have_one_name_and_any_name_becomes_a_label(leases):
     assert len(leases.world.service.list()) == len(names) - 2
 
 
+def test_a_lease_that_is_moved_is_announced_to_end_in_its_new_window(leases):
+    path = f"/leases/{leases.make(instances(1))['id']}"
+    earlier = {'start_date': '2026-12-01 12:10', 'end_date': '2026-12-01 12:50', 'before_end_date': '2026-12-01 12:40'}
+    found = leases.call('PUT', path, earlier)['lease']
+    assert {each['event_type']: each['time'] for each in found['events']}['before_end_lease'] == '2026-12-01T12:40:00.000000'
+    leases.call('PUT', path, {'start_date': '2026-12-01 12:20', 'before_end_date': '2026-12-01 12:15'}, status=403)
+
+
 @pytest.mark.parametrize('said, read', [
     (None, None), ('', None), ('None', None), ('True', True), ('False', False), (True, True), (False, False),
     ('yes', True), ('ON', True), (1, True), ('t', True), ('no', False), ('off', False), (0, False), ('N', False)])
@@ -19734,12 +19742,14 @@ def test_affinity_has_many_spellings(leases, said, read):
     ({'reservations': [instances(affinity='maybe')]}, 'affinity: "maybe" is none of True, False and None'),
     ({'reservations': [instances(resource_properties='["or", ["==", "$a", "1"]]')]}, 'Malformed requirements'),
     ({'reservations': [instances(resource_properties='["~", "$a", "1"]')]}, 'Malformed requirements'),
+    ({'reservations': [instances(resource_properties='[' * 3900)]}, 'Malformed requirements'),
     ({'reservations': [instances(resource_properties='{}')]}, None),
     ({'reservations': [instances(resource_properties='["==", "$imagee", "x"]')]}, "resource_properties: 'imagee' is none of"),
     ({'reservations': [instances(resource_properties='[">=", "$image", "x"]')]}, 'what is started is said with =='),
     ({'reservations': [instances(resource_properties='["==", "$image", "cirros!"]')]},
      "The cloud simulated has no image 'cirros!'. Did you mean 'cirros'?"),
     ({'reservations': [{'resource_type': 'virtual:network'}]}, 'The virtual:network resource type is not supported'),
+    ({'reservations': [{'resource_type': ['virtual:instance']}]}, "The ['virtual:instance'] resource type is not supported"),
     ({'reservations': [floating(2, required_floatingips={'x': 1})]}, 'required_floatingips: {"x": 1} is not a list'),
     ({'reservations': [floating(1, required_floatingips=['a', 'b'])]}, 'required_floatingips: these are more than amount'),
     ({'reservations': [{}]}, 'Missing parameter resource_type'), ({'reservations': 'x'}, 'reservations: "x" is not a list'),
@@ -19821,6 +19831,21 @@ def hosts(nova, tmp_path):
 def whole_hosts(least=1, most=1, said='', **more):
     return {'resource_type': 'physical:host', 'min': least, 'max': most, 'hypervisor_properties': said,
             'resource_properties': ''} | more
+
+
+def test_a_lease_of_very_many_hosts_is_answered_at_once(hosts):
+    hosts.call('POST', '/os-hosts', {'name': 'gpu-1'}, 201)
+
+    def too_late(*_):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(20)
+    try:
+        lease = hosts.make(whole_hosts(1, 10**9))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert lease['reservations'][0]['max'] == 10**9
 
 
 def test_hosts_are_taken_in_and_out(hosts, nova):
@@ -20056,6 +20081,36 @@ def dav(world):
 
 def reserved_at(world, label='lesson'):
     return [each['start'] for each in world.service.list(label, state=['reserved'])]
+
+
+@pytest.mark.parametrize('begin', ['BEGIN: VEVENT', 'BEGIN:VEV\r\n ENT'])
+def test_an_event_whose_begin_is_written_otherwise_stops_no_program(dav, begin):
+    asks = drawn('two', '20261201T140000Z', '20261201T160000Z', 'DESCRIPTION:99 x m1.small')
+    dav.put('two', asks.replace('BEGIN:VEVENT', begin), 403).mustcontain('valid-calendar-data')
+    dav.put('two', asks, 201)
+    assert [*dav.changes()[1]] == ['two.ics']
+
+
+def test_a_uid_may_be_of_any_length(dav, world):
+    dice = random.Random(1)
+    one, two = (''.join(dice.choices('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ', k=9000)) for _ in range(2))
+    dav.put('one', drawn(one), 201)
+    dav.put('one', drawn(one, '20261201T150000Z', '20261201T170000Z'), 204)
+    assert reserved_at(world) == [NOON + hours(3)]
+    dav.put('two', drawn(one), 403).mustcontain('no-uid-conflict', '<D:href>/dav/eva/demo/one.ics</D:href>')
+    asks = drawn(two, '20261203T140000Z', '20261203T160000Z', 'DESCRIPTION:1 x m1.small')
+    outcomes = [world.service.import_(asks, resource='demo')['events'][0]['outcome'] for _ in range(2)]
+    assert outcomes == ['booked', 'unchanged']
+
+
+def test_addresses_that_cannot_be_are_those_of_nothing(dav, leases):
+    for verb in ('GET', 'PUT', 'DELETE', 'PROPFIND'):
+        dav.ask(verb, 'demo/a%00b.ics', drawn() if verb == 'PUT' else '', status=404)
+    leases.call('GET', '/leases/a%00b', status=404)
+    hrefs = ''.join(f'<D:href>{each}</D:href>' for each in ('//[', '/dav/eva/demo/a%00b.ics'))
+    answer = dav.ask('REPORT', 'demo/', '<C:calendar-multiget xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:caldav">'
+                     f'<D:prop><D:getetag/></D:prop>{hrefs}</C:calendar-multiget>', status=207)
+    assert answer.text.count('404 Not Found') == 2
 
 
 def test_an_event_that_is_drawn_dragged_and_deleted_is_a_reservation(dav, world):
@@ -25782,6 +25837,22 @@ def test_whole_days_of_exchange_are_the_same_days_in_every_zone(service, tz):
     walls = [cmres.to_wall(cmres.instant(each.start), read_zone(tz)).isoformat() for each in
              cmres.rows('SELECT start FROM occurrence ORDER BY start')]
     assert walls == [f'2027-{day}T00:00:00' for day in ('01-06', '01-21', '01-27', '02-03')]
+
+
+@pytest.mark.parametrize('more, outcome', [
+    ('RDATE;VALUE=PERIOD:20261205T130000Z/20261205T130000Z', 'refused'), ('RDATE;VALUE=PERIOD:20261105T130000Z/20261105T130000Z', 'booked'),
+    (('RECURRENCE-ID:20261202T130000Z', 'DTSTART:20261202T130000Z'), 'refused'),
+    (('RECURRENCE-ID;RANGE=THISANDFUTURE:20261202T130000Z', 'DTSTART:20261202T130000Z'), 'refused'),
+    (('RECURRENCE-ID:20261202T130000Z', 'DTSTART:20261202T130000Z', 'STATUS:CANCELLED'), 'booked')])
+def test_an_occurrence_without_length_refuses_its_own_event(service, more, outcome):
+    lines, exceptions = ([more], '') if isinstance(more, str) else ([], event(*more))
+    body = asks(13, 14, 'RRULE:FREQ=DAILY;COUNT=3', *lines) + exceptions + asks(13, 14, uid='two')
+    assert by_uid(take(service, body)) == {'one': outcome, 'two': 'booked'}
+
+
+def test_a_series_without_length_is_refused_also_if_one_of_it_is_long(service):
+    series = asks(13, 13, 'RRULE:FREQ=DAILY;COUNT=3', 'RDATE;VALUE=PERIOD:20261105T130000Z/20261202T200000Z')
+    assert by_uid(take(service, series + asks(13, 14, uid='two'))) == {'one': 'refused', 'two': 'booked'}
 
 
 def test_one_series_of_two_flavors_is_refused_and_not_booked_as_one(service):
