@@ -12094,6 +12094,13 @@ class Wishes:
     def days_off(self, asked: dict, stretches: list[Stretch], zone: ZoneInfo, start: int,
                  warnings: list) -> tuple[str, ...]:
         """Days, or wall times, without an occurrence: those that are named, and holidays."""
+        skips = self.read_skips(asked, zone, start)
+        warnings += unmet_skips(stretches, skips)
+        source = asked.get('holidays')
+        return *skips, *(self.holidays(source, zone, instant(start), warnings) if source else ())
+
+    def read_skips(self, asked: dict, zone: ZoneInfo, start: float) -> list[str]:
+        """The days, or wall times, that are named as those without an occurrence."""
         skips = []
         for text in asked.get('skip_dates') or ():
             found = read_argument('skip_dates', text, Day, Here(zone, instant(start)))
@@ -12101,9 +12108,7 @@ class Wishes:
                 raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24 or 24 dec.")
             skips.append(found.isoformat() if type(found) is date
                          else typed_wall(found, zone).isoformat())
-        warnings += unmet_skips(stretches, skips)
-        source = asked.get('holidays')
-        return *skips, *(self.holidays(source, zone, instant(start), warnings) if source else ())
+        return skips
 
     def holidays(self, source: str, zone: ZoneInfo, start: datetime, warnings: list) -> list[str]:
         """The days of a calendar's all-day events for ten years; outside any transaction."""

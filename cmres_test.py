@@ -535,7 +535,7 @@ def calls_in(function):
         if isinstance(each, ast.Call):
             called[getattr(each.func, 'id', getattr(each.func, 'attr', ''))].append(each)
         if isinstance(each, ast.Constant) and isinstance(each.value, str):
-            called['SQL'].append(' '.join(each.value.split()))
+            called['statements of SQL'].append(' '.join(each.value.split()))
     return called
 
 
@@ -555,7 +555,7 @@ def test_promises_are_made_in_one_place():
                     table = getattr(call.args[0], 'id', '') if call.args else ''
                     if table == 'ExtraHold' or table == 'Occurrence' and {more.arg for more in call.keywords} - loose:
                         found.add(f'{name} {table}')
-            for text in called['SQL']:
+            for text in called['statements of SQL']:
                 written = re.match(r'(INSERT INTO|DELETE FROM|UPDATE) (occurrence|extra_hold|step)\b', text)
                 columns = re.findall(r'(\w+) = ', text.partition(' SET ')[2].partition(' WHERE ')[0]) if written else ()
                 if written and (written[1] != 'UPDATE' or {*columns} - loose):
