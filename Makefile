@@ -10,7 +10,7 @@ PYTEST  = $(BIN)/python -m py_compile cmres.py cmres_test.py && $(BIN)/python -m
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
 
-serve: $(VENV)/cmres $(BIN)/cmres $(if $(findstring postgres,$(DATABASE)),$(VENV)/psycopg)   ## serve the page and REST, and run the life cycle, on 127.0.0.1:8080
+serve: $(VENV)/cmres $(BIN)/cmres $(if $(findstring postgres,$(DATABASE)),$(VENV)/psycopg)   ## serve the page and REST, and run the scheduler, on 127.0.0.1:8080
 	$(if $(DATABASE),CMRES_DATABASE='$(DATABASE)') $(BIN)/python cmres.py serve
 
 test: $(VENV)/cmres_test   ## run all tests that need no cloud

@@ -9,46 +9,46 @@
 #   "peewee~=4.5.3",           # store: models, transactions, one connection a thread
 #   "pyyaml~=6.0",             # YAML files of reservations, YAML answers
 #   "rich>=13,<16",            # progress bars for people
-#   "schedule~=1.2.2",         # heartbeat of the life cycle
+#   "schedule~=1.2.2",         # heartbeat of the scheduler
 #   "tzdata>=2025.2",          # time zones, where the system has none
 #   "waitress~=3.0.2",         # HTTP server: slow clients hold no thread
 # ]  # and for a database in PostgreSQL, "psycopg[binary]>=3.2,<4"
 # ///
-"""cmres: reservations for virtual machines on OpenStack clouds.
+"""cmres: reservations for virtual machines (VMs) on OpenStack clouds.
 
-A reservation promises capacity from FROM to TO, and cmres boots its machines at FROM and removes
-them at TO. One file, SQLite, no other service:
+A reservation promises capacity from START to END. cmres starts its VMs at START and deletes them at
+END. One file, SQLite, no other service:
 
-  python cmres.py serve                        REST and life cycle on http://127.0.0.1:8080
+  python cmres.py serve                        REST, page and scheduler on http://127.0.0.1:8080
   python cmres.py add lab demo +10s +1h --vms 3 --flavor m1.small --image cirros
   python cmres.py list
 
 The words, used everywhere in one sense:
 
-  resource     a place with a capacity: what its cell, cloud, region, aggregate holds at most
-  reservation  what somebody asked for, under a label: a resource, machines, a window of time
-  occurrence   one interval of a reservation; it holds capacity and has its own state and servers
+  resource     what can be reserved: the capacity of a cell, cloud, region or aggregate
+  reservation  VMs or capacity of a resource for a time window, under a label, once or in a series
+  occurrence   one time window of a reservation; it has capacity, a state and servers of its own
   state        waiting, pending, reserved, starting, active, degraded, ending, ended,
                cancelled or failed
-  server       one virtual machine that a cloud made for an occurrence
-  usage        how much of a resource is held at each instant: a step function of time
-  event        one line of the journal: when, who, what, to which reservation, why
+  server       Nova's record of one VM that was started for an occurrence
+  usage        how much of a resource is reserved at each moment: a step function of time
+  event        one line of the event log: when, who, what, about which reservation, why
 
 The file reads from top to bottom; a section uses only the sections above it:
 
-  Errors, Time, Repetition            sentences, instants, wall times that come again and again
+  Errors, Time, Repetition            sentences; instants; local times that come again and again
   Config, Metrics, Calls              settings; what is counted; what becomes arguments
   VMs, Answers                        what VMs are made of; what is answered
   Store, Capacity, Hosts              what is on disk; the rules that admit: sums, and hosts
-  Clouds, Notices, Shares, Calendar   what boots VMs; who is told; who may be slow; iCalendar
-  Service, Lookup, Wishes, Limits     who asks; what is there; what is asked; what anybody may have
-  Policy, Bookings                    the rules; the one place where promises are made otherwise
+  Clouds, Notifications, Shares       what starts VMs; who is told; who may be slow
+  Calendar, Service, Lookup           iCalendar; who asks; what is there
+  Specs, Limits, Policy, Bookings     what is asked; how much; the rules; where promises are made
   Series, Admission, Waiting, Offers  what is to change; the waiting list; what would fit instead
   Approval, Requests, Plan            what admins say; what people ask for; what operators do
   Claims, Calendars, Tokens, Records  what Nova asks; imports and feeds; who may ask; what was
   Servers, Clock, Leadership          what a server goes through; what time it is; who acts
   Workers, Health, Planner            who calls clouds; how these are; what is wanted
-  Dispatcher, Reconciler, Life cycle  what to call; what became of it; all of that, again and again
+  Dispatcher, Reconciler, Scheduler   what to call; what became of it; all of that, again and again
   Document, REST, Gate                the faces on the web, and what stands before them
   Blazar, CalDAV, Quick line          Blazar's REST; calendar programs; one line of what is wanted
   Look, Time line, Visits, Page       how pages look; the plan; who visits; what a browser shows
@@ -299,11 +299,11 @@ NEAR_DAYS = {'yesterday': -1, 'today': 0, 'tonight': 0, 'tomorrow': 1, 'day afte
 
 
 class Typed(datetime):
-    """An instant that was typed as a time on the clocks of a zone; `wall` and `zone` are that.
+    """An instant that was typed as a time on the clocks of a zone; `local` and `zone` are that.
 
     It differs from what those clocks show at the instant where the time doesn't exist there.
     """
-    wall: datetime | None = None  # of a result of arithmetic: not known
+    local: datetime | None = None  # of a result of arithmetic: not known
     zone: ZoneInfo | None = None
     bare: bool = False  # it names no day: of a change, that of the reservation is meant
 
@@ -394,10 +394,10 @@ def iso_time(word: str, zone: ZoneInfo) -> datetime | None:
     if not zone or not re.fullmatch('[0-9:TWZ+ .,/-]+', word):
         return None
     try:
-        wall = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
+        local = datetime.fromisoformat(word.replace('/', '-')).replace(microsecond=0)
     except ValueError:
         return None
-    return wall.astimezone(UTC) if wall.tzinfo else at_clock(wall, zone)
+    return local.astimezone(UTC) if local.tzinfo else at_clock(local, zone)
 
 
 def spoken_time(text: str, zone: ZoneInfo, after: datetime, now: datetime) -> datetime | None:
@@ -424,12 +424,12 @@ def is_later(one: datetime, other: datetime) -> bool:
     """Whether a time is after another: of two that were typed in a zone, by its clocks."""
     zone = getattr(one, 'zone', None)
     by_clocks = zone and zone == getattr(other, 'zone', None)
-    return one.wall > other.wall if by_clocks else one > other
+    return one.local > other.local if by_clocks else one > other
 
 
 def end_after_gap(end: datetime, start: datetime) -> datetime:
     """An end; after a start that clocks skip, as much later as was typed."""
-    return start + (end.wall - start.wall) if end <= start and is_later(end, start) else end
+    return start + (end.local - start.local) if end <= start and is_later(end, start) else end
 
 
 #: A time, what clocks call theirs, and the zone that they are in, as `format_moment` writes them.
@@ -550,7 +550,7 @@ def at_midnight(day: date) -> datetime:
     return datetime(day.year, day.month, day.day)
 
 
-def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
+def at_clock(local: datetime, zone: ZoneInfo, called: str = '') -> datetime:
     """The instant at which clocks of a zone show a time.
 
     Args:
@@ -560,16 +560,16 @@ def at_clock(wall: datetime, zone: ZoneInfo, called: str = '') -> datetime:
     Raises:
       ValueError: they call it otherwise.
     """
-    folds = [wall.replace(tzinfo=zone, fold=fold) for fold in (0, 1)]
+    folds = [local.replace(tzinfo=zone, fold=fold) for fold in (0, 1)]
     if not called:
         typed = Typed.fromtimestamp(folds[0].timestamp(), UTC)
-        typed.wall, typed.zone = wall, zone
+        typed.local, typed.zone = local, zone
         return typed
     for each in folds:
         if each.tzname() == called:
             return each.astimezone(UTC)
-    raise ValueError(f'Clocks in {zone.key} do not show {called} at {wall:%Y-%m-%d %H:%M}. Write '
-                     f'the time zone: {wall:%Y-%m-%d %H:%M} ({zone.key}).')
+    raise ValueError(f'Clocks in {zone.key} do not show {called} at {local:%Y-%m-%d %H:%M}. Write '
+                     f'the time zone: {local:%Y-%m-%d %H:%M} ({zone.key}).')
 
 
 def parse_duration(text: str) -> Length:
@@ -633,13 +633,13 @@ def format_duration(length: float) -> str:
 
 # Repetition ##################################################################
 #
-# A series is kept as a person thinks of it: wall times in a zone, a rule of RFC 5545, and what is
+# A series is kept as a person thinks of it: local times in a zone, a rule of RFC 5545, and what is
 # left out. Only the last step makes instants of that, with the zone table as it is then, so that a
 # class at 9:00 stays at 9:00 when clocks change, and also when a government changes its mind.
 #
 #   An hour that doesn't exist is taken with the offset before the gap: 02:30 becomes 03:30.
 #   An hour that exists twice is taken the first time (both RFC 5545, 3.3.5).
-#   An end that was typed as a time is a wall time as well: a night from 22:00 to 06:00 ends at
+#   An end that was typed as a time is a local time as well: a night from 22:00 to 06:00 ends at
 #   06:00 on every date. A length is a length on every date: six hours are six, a day is to the same
 #   hour of the next day (RFC 5545, 3.3.6).
 
@@ -662,9 +662,9 @@ REPEAT_HELP = ('Write daily, weekdays, weekly on tue,thu, every 2 weeks on mon, 
                'monthly on first mon, or an RRULE.')
 
 
-class Stretch(NamedTuple):
-    """A stretch of a series; wall times as ISO text, lengths in seconds of wall time, but `exact`.
-    A slot is the wall time at which the rule puts an occurrence: its key, wherever it is moved to.
+class Segment(NamedTuple):
+    """A segment of a series; local times as ISO text, lengths in their seconds, but `exact`.
+    A slot is the local time at which the rule puts an occurrence: its key, wherever it is moved to.
     """
     start: str
     length: int
@@ -677,7 +677,7 @@ class Stretch(NamedTuple):
     since: str = ''    # slots from then on ...
     until: str = ''    # ... to before then belong to this stretch
     shift: int = 0     # how much later than its slot each occurrence starts
-    moved: dict = {}   # slot: (wall time, length, vms, exact) of those that are otherwise
+    moved: dict = {}   # slot: (local time, length, vms, exact) of those that are otherwise
     # elapsed seconds from the end of `length` on: what clocks show of them may differ
     exact: int = 0
 
@@ -695,36 +695,36 @@ class Slot(NamedTuple):
     resource: int
 
 
-def to_wall(moment: datetime, zone: ZoneInfo) -> datetime:
+def to_local(moment: datetime, zone: ZoneInfo) -> datetime:
     """What clocks in a zone show at an instant."""
     return moment.astimezone(zone).replace(tzinfo=None, fold=0)
 
 
-def typed_wall(moment: datetime, zone: ZoneInfo) -> datetime:
-    """The wall time that was typed for an instant in a zone, else what clocks show there."""
-    typed = getattr(moment, 'wall', None)
-    return typed if typed and moment.zone.key == zone.key else to_wall(moment, zone)
+def typed_local(moment: datetime, zone: ZoneInfo) -> datetime:
+    """The local time that was typed for an instant in a zone, else what clocks show there."""
+    typed = getattr(moment, 'local', None)
+    return typed if typed and moment.zone.key == zone.key else to_local(moment, zone)
 
 
 def typed_length(end: datetime | timedelta, start: datetime, first: datetime,
                  zone: ZoneInfo) -> tuple[int, int]:
-    """The length of a stretch that an end asks for, after a start and its wall time `first`:
+    """The length of a segment that an end asks for, after a start and its local time `first`:
     seconds by the clocks for a time, and exact ones after that for a length."""
     if not isinstance(end, timedelta):
-        by_clocks = int((typed_wall(end, zone) - first).total_seconds())
+        by_clocks = int((typed_local(end, zone) - first).total_seconds())
         return (by_clocks, 0) if by_clocks > 0 else (0, int((end - start).total_seconds()))
     nominal = getattr(end, 'nominal', 0)
     return nominal, int(end.total_seconds()) - nominal
 
 
-def from_wall(wall: datetime, zone: ZoneInfo) -> datetime:
-    """The instant of a wall time, also of one that doesn't exist or exists twice."""
-    return wall.replace(tzinfo=zone).astimezone(UTC)
+def from_local(local: datetime, zone: ZoneInfo) -> datetime:
+    """The instant of a local time, also of one that doesn't exist or exists twice."""
+    return local.replace(tzinfo=zone).astimezone(UTC)
 
 
 def read_repeat(text: str, today: date = date.min) -> str:
     """The RRULE that a person typed or meant, its UNTIL left as it is; ValueError if it is none, or
-    one that is not for machines, such as FREQ=SECONDLY. A last date without a year comes after
+    one that is not for VMs, such as FREQ=SECONDLY. A last date without a year comes after
     `today`."""
     word = ' '.join(text.split()).removeprefix('RRULE:')
     rule = word.upper() if '=' in word else word and spoken_rule(word.lower(), today)
@@ -915,10 +915,10 @@ def check_numbers(name: str, text: str, least: int, most: int) -> None:
 
 
 def local_rule(rule: str, zone: ZoneInfo) -> str:
-    """A rule whose UNTIL is a wall time, as its slots are; a day is meant to its end."""
+    """A rule whose UNTIL is a local time, as its slots are; a day is meant to its end."""
     def localised(match):
         last = read_until(match[1])
-        last = to_wall(last.replace(tzinfo=UTC), zone) if match[1].endswith('Z') else last
+        last = to_local(last.replace(tzinfo=UTC), zone) if match[1].endswith('Z') else last
         return f'UNTIL={min(last, LAST.replace(tzinfo=None)):%Y%m%dT%H%M%S}'
     return re.sub(r'UNTIL=([0-9TZ]+)', localised, rule)
 
@@ -1123,8 +1123,8 @@ def years_of_days(rule: Rule, turn: Callable[[int], int], first: int) -> Iterato
         yield days
 
 
-def rule_walls(rule: Rule, start: datetime, near: datetime) -> Iterator[datetime]:
-    """The wall times of a rule from the day of one on, in order; they may have no end."""
+def rule_starts(rule: Rule, start: datetime, near: datetime) -> Iterator[datetime]:
+    """The local times of a rule from the day of one on, in order; they may have no end."""
     left = rule.count or math.inf
     begin = start if rule.count else max(start, near)
     for days in rule_days(rule, start.date(), begin.date()):
@@ -1132,16 +1132,16 @@ def rule_walls(rule: Rule, start: datetime, near: datetime) -> Iterator[datetime
             known = bisect_right(days, start.toordinal()), bisect_left(days, near.toordinal())
             left -= max(known[1] - known[0], 0) * len(rule.times)
             days = days[:known[0]] + days[max(known):]
-        for wall in day_walls(rule, days):
-            if wall > rule.last or left <= 0:
+        for local in day_starts(rule, days):
+            if local > rule.last or left <= 0:
                 return
-            if wall >= start:
+            if local >= start:
                 left -= 1
-                yield wall
+                yield local
 
 
-def day_walls(rule: Rule, days: Iterable[int]) -> Iterator[datetime]:
-    """The wall times of a rule on some days, of a turn those that its positions leave."""
+def day_starts(rule: Rule, days: Iterable[int]) -> Iterator[datetime]:
+    """The local times of a rule on some days, of a turn those that its positions leave."""
     found = (datetime.fromordinal(day) + at for day in days for at in rule.times)
     if not rule.positions:
         return found
@@ -1150,74 +1150,76 @@ def day_walls(rule: Rule, days: Iterable[int]) -> Iterator[datetime]:
     return iter(sorted(numbered_of(rule.positions, [found])))
 
 
-def on_rule(rule: str, start: datetime, wall: datetime) -> bool:
-    """Whether a wall time is one of those of a rule."""
+def on_rule(rule: str, start: datetime, local: datetime) -> bool:
+    """Whether a local time is one of those of a rule."""
     read = read_rule(rule, start)
     if read.count or read.positions:
-        return next(followed(rule, start, wall), None) == wall
-    if not start <= wall <= read.last or wall - at_midnight(wall) not in read.times:
+        return next(followed(rule, start, local), None) == local
+    if not start <= local <= read.last or local - at_midnight(local) not in read.times:
         return False
-    day, before = wall.toordinal(), date(wall.year, 1, 1).toordinal()
+    day, before = local.toordinal(), date(local.year, 1, 1).toordinal()
     in_turn = turn_of(read, start.date())(day) % read.interval == 0
-    return in_turn and day - before in days_of_year(read.by, wall.year)
+    return in_turn and day - before in days_of_year(read.by, local.year)
 
 
 def followed(rule: str, start: datetime, near: datetime) -> Iterator[datetime]:
-    """The wall times of a rule from one on, as if it was followed from its start."""
-    ruled = rule_walls(read_rule(rule, start), start, near)
-    return itertools.dropwhile(lambda wall: wall < near, ruled)
+    """The local times of a rule from one on, as if it was followed from its start."""
+    ruled = rule_starts(read_rule(rule, start), start, near)
+    return itertools.dropwhile(lambda local: local < near, ruled)
 
 
-def walls(stretch: Stretch, near: datetime = datetime.min) -> Iterator[datetime]:
-    """The wall times of all slots of a stretch in order, of its rule from one on; maybe endless."""
-    start, listed = datetime.fromisoformat(stretch.start), sorted(listed_walls(stretch))
-    ruled = followed(stretch.rule, start, near) if stretch.rule else ()
-    skips, before = frozenset(stretch.skips), None
-    for wall in heapq.merge(ruled, listed) if listed and ruled else ruled or listed:
+def local_starts(segment: Segment, near: datetime = datetime.min) -> Iterator[datetime]:
+    """The local times of all slots of a segment, in order, of its rule from one on; maybe endless.
+    """
+    start, listed = datetime.fromisoformat(segment.start), sorted(listed_starts(segment))
+    ruled = followed(segment.rule, start, near) if segment.rule else ()
+    skips, before = frozenset(segment.skips), None
+    for local in heapq.merge(ruled, listed) if listed and ruled else ruled or listed:
         STEPS.take(1)
-        key = wall.isoformat()
-        if stretch.until and key >= stretch.until:
+        key = local.isoformat()
+        if segment.until and key >= segment.until:
             return
-        if wall != before and key >= stretch.since and not {key, key[:10]} & skips:
-            yield wall
-        before = wall
+        if local != before and key >= segment.since and not {key, key[:10]} & skips:
+            yield local
+        before = local
 
 
-def moved_walls(stretch: Stretch) -> Iterator[datetime]:
-    """The wall times of those slots of a stretch that are otherwise, in order."""
-    start = datetime.fromisoformat(stretch.start)
-    listed, skips = listed_walls(stretch), {*stretch.skips}
-    for key in sorted(stretch.moved):
-        wall = datetime.fromisoformat(key)
+def moved_starts(segment: Segment) -> Iterator[datetime]:
+    """The local times of those slots of a segment that are otherwise, in order."""
+    start = datetime.fromisoformat(segment.start)
+    listed, skips = listed_starts(segment), {*segment.skips}
+    for key in sorted(segment.moved):
+        local = datetime.fromisoformat(key)
         STEPS.take(10)
-        if (stretch.since <= key and (not stretch.until or key < stretch.until)
+        if (segment.since <= key and (not segment.until or key < segment.until)
                 and not {key, key[:10]} & skips
-                and (wall in listed or stretch.rule and on_rule(stretch.rule, start, wall))):
-            yield wall
+                and (local in listed or segment.rule and on_rule(segment.rule, start, local))):
+            yield local
 
 
-def listed_walls(stretch: Stretch) -> set[datetime]:
-    """The wall times of those slots of a stretch that no rule gives."""
-    listed = stretch.dates if stretch.rule or stretch.dates else [stretch.start]
+def listed_starts(segment: Segment) -> set[datetime]:
+    """The local times of those slots of a segment that no rule gives."""
+    listed = segment.dates if segment.rule or segment.dates else [segment.start]
     STEPS.take(len(listed))
     return {datetime.fromisoformat(each.partition('/')[0]) for each in listed}
 
 
-def slots(stretch: Stretch, begin: float, until: float,
+def slots(segment: Segment, begin: float, until: float,
           zone: tzinfo | None = None) -> Iterator[Slot]:
-    """What a stretch wants of the time between two instants, as far as it is not over at the first;
+    """What a segment wants of the time between two instants, as far as it is not over at the first;
     Invalid for more than MOST_OCCURRENCES. Its zone is needed where that has no name."""
-    zone, found = zone or read_zone(stretch.zone), 0
-    day, lengths = timedelta(days=1), dict(each.split('/') for each in stretch.dates if '/' in each)
-    longest = timedelta(seconds=stretch.length + stretch.exact + stretch.shift)
-    first, last = (to_wall(instant(each), zone) for each in (begin, until))
-    last += day - timedelta(seconds=stretch.shift)
-    ruled = itertools.takewhile(lambda wall: wall < last, walls(stretch, first - longest - day))
-    if stretch.moved:
-        ruled = (wall for wall in ruled if wall.isoformat() not in stretch.moved)
-        ruled = heapq.merge(ruled, moved_walls(stretch))
-    for wall in ruled:
-        slot = slot_at(stretch, wall, lengths, zone)
+    zone, found = zone or read_zone(segment.zone), 0
+    day, lengths = timedelta(days=1), dict(each.split('/') for each in segment.dates if '/' in each)
+    longest = timedelta(seconds=segment.length + segment.exact + segment.shift)
+    first, last = (to_local(instant(each), zone) for each in (begin, until))
+    last += day - timedelta(seconds=segment.shift)
+    ruled = local_starts(segment, first - longest - day)
+    ruled = itertools.takewhile(lambda local: local < last, ruled)
+    if segment.moved:
+        ruled = (local for local in ruled if local.isoformat() not in segment.moved)
+        ruled = heapq.merge(ruled, moved_starts(segment))
+    for local in ruled:
+        slot = slot_at(segment, local, lengths, zone)
         STEPS.take(5)
         if slot.end > begin and slot.start < until:
             found += 1
@@ -1227,64 +1229,64 @@ def slots(stretch: Stretch, begin: float, until: float,
                           f'{format_day(instant(int(until)))}. Choose an earlier last date.')
 
 
-def slot_at(stretch: Stretch, wall: datetime, lengths: dict[str, str], zone: tzinfo) -> Slot:
-    """What a stretch wants at one of its wall times; `lengths` of dates that have their own."""
-    key = wall.isoformat()
-    shifted, vms = wall + timedelta(seconds=stretch.shift), stretch.vms
-    length, exact = (lengths[key], 0) if key in lengths else (stretch.length, stretch.exact)
-    if key in stretch.moved:
-        moved, length, vms, exact = [*stretch.moved[key], 0][:4]
+def slot_at(segment: Segment, local: datetime, lengths: dict[str, str], zone: tzinfo) -> Slot:
+    """What a segment wants at one of its local times; `lengths` of dates that have their own."""
+    key = local.isoformat()
+    shifted, vms = local + timedelta(seconds=segment.shift), segment.vms
+    length, exact = (lengths[key], 0) if key in lengths else (segment.length, segment.exact)
+    if key in segment.moved:
+        moved, length, vms, exact = [*segment.moved[key], 0][:4]
         shifted = datetime.fromisoformat(moved)
     start, end = window_of(shifted, int(length), zone, exact)
-    return Slot('' if stretch.single else key, start, end, vms, stretch.resource)
+    return Slot('' if segment.single else key, start, end, vms, segment.resource)
 
 
-def window_of(wall: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
-    """The instants of a wall time and of its end, `length` seconds by the clocks and `exact` ones
+def window_of(local: datetime, length: int, zone: ZoneInfo, exact: int = 0) -> tuple[int, int]:
+    """The instants of a local time and of its end, `length` seconds by the clocks and `exact` ones
     later; never none between them."""
-    start = from_wall(wall, zone)
-    end = from_wall(wall + timedelta(seconds=length), zone) if length else start
+    start = from_local(local, zone)
+    end = from_local(local + timedelta(seconds=length), zone) if length else start
     end += timedelta(seconds=exact)
     end = end if end > start else start + timedelta(seconds=length + exact)
     return int(start.timestamp()), int(end.timestamp())
 
 
-def all_slots(stretches: Iterable[Stretch], begin: float, until: float,
+def all_slots(segments: Iterable[Segment], begin: float, until: float,
               zone: tzinfo | None = None) -> list[Slot]:
-    """What all stretches of a series want of a span of time, the earliest first."""
-    found = {slot.key: slot for stretch in stretches for slot in slots(stretch, begin, until, zone)}
+    """What all segments of a series want of a span of time, the earliest first."""
+    found = {slot.key: slot for segment in segments for slot in slots(segment, begin, until, zone)}
     return sorted(found.values(), key=lambda slot: slot.start)
 
 
-def goes_on(stretches: Iterable[Stretch], after: float) -> bool:
-    return any(slot.start >= after for stretch in stretches
-               for slot in slots(stretch, after, LAST.timestamp()))
+def goes_on(segments: Iterable[Segment], after: float) -> bool:
+    return any(slot.start >= after for segment in segments
+               for slot in slots(segment, after, LAST.timestamp()))
 
 
-def stretches_before(stretches: list[Stretch], key: str) -> list[Stretch]:
-    return [stretch._replace(until=min(stretch.until or key, key)) for stretch in stretches
-            if (stretch.since or min([stretch.start, *stretch.dates])) < key]
+def segments_before(segments: list[Segment], key: str) -> list[Segment]:
+    return [segment._replace(until=min(segment.until or key, key)) for segment in segments
+            if (segment.since or min([segment.start, *segment.dates])) < key]
 
 
-def cut_stretches(stretches: list[Stretch], key: str, **changes) -> list[Stretch]:
+def cut_segments(segments: list[Segment], key: str, **changes) -> list[Segment]:
     """A series that is otherwise from a slot on: shifted by some seconds, or with other values."""
     shift = changes.pop('shift', 0)
-    after = [stretch._replace(since=max(stretch.since, key), shift=stretch.shift + shift, **changes)
-             for stretch in stretches if not stretch.until or stretch.until > key]
-    return stretches_before(stretches, key) + after
+    after = [segment._replace(since=max(segment.since, key), shift=segment.shift + shift, **changes)
+             for segment in segments if not segment.until or segment.until > key]
+    return segments_before(segments, key) + after
 
 
 def endless(rule: str) -> str:
     return re.sub('(^|;)(UNTIL|COUNT)=[^;]*', '', rule).strip(';')
 
 
-def rule_from(stretches: list[Stretch], key: str) -> str:
+def rule_from(segments: list[Segment], key: str) -> str:
     """The RRULE that the occurrences from a slot on follow as they are now; '' if none says it."""
-    stretch = next((each for each in reversed(stretches) if each.since <= key), stretches[0])
-    rule = shifted_rule(stretch) if stretch.rule and stretch.shift else stretch.rule
-    if not rule or not stretch.until:
+    segment = next((each for each in reversed(segments) if each.since <= key), segments[0])
+    rule = shifted_rule(segment) if segment.rule and segment.shift else segment.rule
+    if not rule or not segment.until:
         return rule
-    last = datetime.fromisoformat(stretch.until) + timedelta(seconds=stretch.shift - 1)
+    last = datetime.fromisoformat(segment.until) + timedelta(seconds=segment.shift - 1)
     return f'{endless(rule)};UNTIL={last:%Y%m%dT%H%M%S}'
 
 
@@ -1294,11 +1296,11 @@ def ending_later(rule: str, seconds: int) -> str:
         read_until(last[1]) + timedelta(seconds=seconds)), rule)
 
 
-def shifted_rule(stretch: Stretch) -> str:
+def shifted_rule(segment: Segment) -> str:
     """The RRULE of occurrences that are all moved by as much; '' if there is none."""
-    parts = parts_of(ending_later(stretch.rule, stretch.shift))
-    first = datetime.fromisoformat(stretch.start)
-    moved = first + timedelta(seconds=stretch.shift)
+    parts = parts_of(ending_later(segment.rule, segment.shift))
+    first = datetime.fromisoformat(segment.start)
+    moved = first + timedelta(seconds=segment.shift)
     days = (moved.date() - first.date()).days
     by = {name for name in parts if name.startswith('BY')}
     if by & {*CLOCK_PARTS}:
@@ -1315,50 +1317,50 @@ def shifted_rule(stretch: Stretch) -> str:
     return ';'.join(f'{name}={value}' for name, value in parts.items())
 
 
-def unskipped(stretch: Stretch, key: str) -> Stretch:
-    """A stretch that has the occurrence of a slot again, of a day that was left out only that."""
-    day, skips = key[:10], [each for each in stretch.skips if each not in (key, key[:10])]
-    if day in stretch.skips:
-        there = skipped_slots(stretch._replace(skips=(), shift=0), day)
+def unskipped(segment: Segment, key: str) -> Segment:
+    """A segment that has the occurrence of a slot again, of a day that was left out only that."""
+    day, skips = key[:10], [each for each in segment.skips if each not in (key, key[:10])]
+    if day in segment.skips:
+        there = skipped_slots(segment._replace(skips=(), shift=0), day)
         skips += [slot for slot in there if slot != key]
-    return stretch._replace(skips=tuple(skips))
+    return segment._replace(skips=tuple(skips))
 
 
-def stored_stretches(stretches: Iterable[Stretch]) -> str:
-    return json.dumps([stretch._asdict() for stretch in stretches], separators=(',', ':'))
+def stored_segments(segments: Iterable[Segment]) -> str:
+    return json.dumps([segment._asdict() for segment in segments], separators=(',', ':'))
 
 
-def read_stretches(text: str) -> list[Stretch]:
-    return [Stretch(**stretch) for stretch in json.loads(text)] if text else []
+def read_segments(text: str) -> list[Segment]:
+    return [Segment(**segment) for segment in json.loads(text)] if text else []
 
 
-def skipped_slots(stretch: Stretch, skip: str) -> list[str]:
-    """The slots of what is on a day, or at a wall time, of a stretch that is shifted."""
-    begin = datetime.fromisoformat(skip) - timedelta(seconds=stretch.shift)
+def skipped_slots(segment: Segment, skip: str) -> list[str]:
+    """The slots of what is on a day, or at a local time, of a segment that is shifted."""
+    begin = datetime.fromisoformat(skip) - timedelta(seconds=segment.shift)
     end = begin + timedelta(days='T' not in skip, seconds='T' in skip)
-    found = itertools.takewhile(lambda wall: wall < end, walls(stretch, begin))
-    return [wall.isoformat() for wall in found if wall >= begin]
+    found = itertools.takewhile(lambda local: local < end, local_starts(segment, begin))
+    return [local.isoformat() for local in found if local >= begin]
 
 
-def lost_end(stretches: list[Stretch], rule: str) -> list[str]:
+def lost_end(segments: list[Segment], rule: str) -> list[str]:
     """What to tell where a series that is to repeat by another rule has no last date any more."""
-    had = stretches[-1].rule if stretches else ''
+    had = segments[-1].rule if segments else ''
     if endless(had) == had or endless(rule) != rule:
         return []
     return [f'The series has no last date any more. Before, it was {rule_in_words(had)}.']
 
 
-def unmet_skips(stretches: list[Stretch], skips: Iterable[str]) -> list[str]:
+def unmet_skips(segments: list[Segment], skips: Iterable[str]) -> list[str]:
     """What to tell of dates to leave out on which a series has nothing anyway."""
     told = []
     for skip in skips:
         day = datetime.fromisoformat(skip)
-        near = [wall + timedelta(seconds=stretch.shift)
-                for stretch in stretches for wall in itertools.takewhile(
-                    lambda wall: wall < day + timedelta(days=40),
-                    walls(stretch._replace(skips=()), day - timedelta(days=40)))]
-        if not any(wall.isoformat().startswith(skip) for wall in near):
-            nearest = min(near, key=lambda wall: abs(wall - day), default=None)
+        near = [local + timedelta(seconds=segment.shift)
+                for segment in segments for local in itertools.takewhile(
+                    lambda local: local < day + timedelta(days=40),
+                    local_starts(segment._replace(skips=()), day - timedelta(days=40)))]
+        if not any(local.isoformat().startswith(skip) for local in near):
+            nearest = min(near, key=lambda local: abs(local - day), default=None)
             told.append(f'The series has nothing on {format_day(day)}, so nothing is left out.' + (
                 f' The nearest date is {format_day(nearest)}.' if nearest else ''))
     return told
@@ -1499,7 +1501,7 @@ class Config:
     drain: float = setting(30.0, 0.0)
     min_disk: int = setting(100, 0)
     timezone: str = setting('UTC', restart=True)
-    # the life cycle and its clouds; seconds
+    # the scheduler and its clouds; seconds
     workers: int = setting(32, 1, restart=True)
     call_timeout: float = setting(60.0, 0.1, restart=True)
     boot_timeout: float = setting(900.0, 0.1)
@@ -1617,7 +1619,7 @@ class Config:
         return {name: role for name, _, role in pairs}
 
     def may_tell(self, target: str) -> bool:
-        """Whether notices may go to an address: of the web, or a mail address of `mail_domains`."""
+        """Whether notifications may go to an address: on the web, or in `mail_domains`."""
         domains = self.mail_domains.lower().replace(',', ' ').split()
         return is_web(target) or not domains or target.rpartition('@')[2].lower() in domains
 
@@ -1999,7 +2001,7 @@ FILTERS = {'label', 'user', 'project', 'resource', 'cell', 'cloud', 'region', 'a
            'start', 'end'}
 
 #: What each argument means; COMMAND.ARGUMENT where that differs in an operation.
-WORDS = {
+ARGUMENT_HELP = {
     'after': 'earliest start',
     'list.after': 'show the lines after this one: START/ID of the last line, or its id',
     'events.after': 'show the events after this id',
@@ -2209,7 +2211,7 @@ def signature_of(method: Callable) -> inspect.Signature:
 
 def argument_help(operation: Operation, name: str) -> str:
     """What an argument of an operation means, in the words of that operation."""
-    return WORDS.get(f'{operation.name}.{name}') or WORDS[name]
+    return ARGUMENT_HELP.get(f'{operation.name}.{name}') or ARGUMENT_HELP[name]
 
 
 API: dict[str, Operation] = {}
@@ -2280,7 +2282,7 @@ LONG = ('import_', 'load', 'generate', 'maintenance_add', 'resource_capacity')
 LONG_BY = ('repeat', 'holidays')
 
 
-class Here(NamedTuple):
+class TimeContext(NamedTuple):
     """Where and when arguments are read: the zone of bare times, and the instant that `now` means.
     What names no day or no year is the first `after` that instant, or after `now` where it is None;
     with `past` the last before now."""
@@ -2290,7 +2292,7 @@ class Here(NamedTuple):
     past: bool = False
 
 
-def bind(operation: Operation, given: dict, here: Here) -> dict:
+def bind(operation: Operation, given: dict, here: TimeContext) -> dict:
     """The arguments of a call, read from text or JSON by the types of the method's signature;
     Invalid names the one that is unknown, missing or malformed."""
     given = given_to(operation, given)
@@ -2334,7 +2336,7 @@ def refuse_unknown(operation: Operation, names: Iterable[str]) -> None:
                           f"'{name}'{nearest(name, operation.parameters)}")
 
 
-def read_argument(name: str, value, kind, here: Here):
+def read_argument(name: str, value, kind, here: TimeContext):
     """One argument of a call, by the type that the operation gives it; Invalid names it."""
     try:
         return READERS[kind](value, here)
@@ -2421,7 +2423,7 @@ read_count, read_page, read_figure = (between(1, 10**6), between(1, 10**4),
                                       between(0, 10**12, '10^12'))
 
 
-def read_cursor(value, here: Here) -> str:
+def read_cursor(value, here: TimeContext) -> str:
     """An id, or SECONDS-ID: the start and the id of a line."""
     start, between, id = str(value).replace('/', '-').rpartition('-')
     negative = between and not start
@@ -2455,7 +2457,7 @@ def read_most(value, here=None, figure: Callable = read_figure) -> int:
         raise ValueError(f"{str(error).rstrip('.')}, and it is not 'unlimited'.") from None
 
 
-def read_when(value, here: Here):
+def read_when(value, here: TimeContext):
     if isinstance(value, timedelta) or isinstance(value, datetime) and value.tzinfo:
         return value
     if isinstance(value, datetime):
@@ -2471,7 +2473,7 @@ def read_when(value, here: Here):
     return next((each for each in found if each <= here.now), found[-1])
 
 
-def read_day(value, here: Here):
+def read_day(value, here: TimeContext):
     text = ' '.join(value.split()) if isinstance(value, str) else ''
     iso = text.replace('/', '-')
     if re.fullmatch('[0-9]{4}-[0-9]{2}-[0-9]{2}', iso):
@@ -2642,8 +2644,8 @@ def to_plain(value):
     if isinstance(value, (list, tuple)):
         return [to_plain(each) for each in value]
     if isinstance(value, Typed):  # only on the way to a server: answers hold plain instants
-        return (f'{value.wall:%H:%M:%S} ({value.zone.key})' if value.bare
-                else f'{value.wall.isoformat()}[{value.zone.key}]')
+        return (f'{value.local:%H:%M:%S} ({value.zone.key})' if value.bare
+                else f'{value.local.isoformat()}[{value.zone.key}]')
     if isinstance(value, date) and not isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, datetime):
@@ -2938,7 +2940,7 @@ ReadyAnswer = answer_kind(
 
 
 #: What a field means that is no argument, or means more than what may be typed there.
-MEANS = WORDS | {
+MEANS = ARGUMENT_HELP | {
     'account': 'the entry of clouds.yaml under which the VM was made', 'addresses': 'IP addresses',
     'added': 'when it was made', 'at': 'when it happened', 'actor': 'who did it',
     'begun': 'when the cloud was asked for it', 'booked_until': 'until when a series is reserved',
@@ -3953,7 +3955,7 @@ db.initialize(SQLITE)
 #   labels < the waiting list
 #
 # The store is shared by those who name their locks. Who names none has it alone: maintenance,
-# limits, passes of the life cycle. A reservation is changed under the locks of all resources that
+# limits, passes of the scheduler. A reservation is changed under the locks of all resources that
 # it is on. Nobody waits in a circle: all locks are taken at the beginning, in one order, and a row
 # that two may write is written under one of them, but for two that each writes one of: first a key
 # of `once`, later the texts of its project. Who comes to what is not locked begins anew with that
@@ -4024,7 +4026,7 @@ def without_password(path: str) -> str:
 class Turns:
     """Whose turn it is to write in this process: SQLite's own handler of the busy is unfair.
 
-    The life cycle comes first: people wait for VMs. Then comes who has written for the shortest
+    The scheduler comes first: people wait for VMs. Then comes who has written for the shortest
     time, then who waits longest. So nobody who writes much delays others by more than one turn.
     """
 
@@ -4185,21 +4187,21 @@ class Reservation(Table):
     user = peewee.CharField()
     project = peewee.CharField()
     flavor = peewee.CharField()
-    image = peewee.CharField()  # '' boots nothing
+    image = peewee.CharField()  # '' starts nothing
     network = peewee.CharField()
     key = peewee.CharField()
     security_groups = peewee.TextField()  # JSON
     user_data = peewee.TextField()
     metadata = peewee.TextField()  # JSON
-    server = peewee.CharField()  # the id of a machine that its owner has, in place of an image
+    server = peewee.CharField()  # the id of a VM that its owner has, in place of an image
     at_end = peewee.CharField()  # '' or one of ENDS
     notify = peewee.TextField()  # JSON
     invite = came_later(peewee.TextField, '[]')  # JSON: mail addresses that get calendar events
     lead = peewee.IntegerField()  # seconds
     description = peewee.TextField()
     repeat = peewee.CharField()  # the RRULE of a series as it was asked for
-    tz = peewee.CharField()  # whose wall times it goes by
-    series = peewee.TextField()  # JSON: its stretches
+    tz = peewee.CharField()  # whose local times it goes by
+    series = peewee.TextField()  # JSON: its segments
     request = peewee.CharField()  # the label of the request of which this is a part
     host = peewee.CharField()  # all of it is reserved, by its name
     choices = peewee.TextField()  # JSON: the resources for one of which it waits
@@ -4207,7 +4209,7 @@ class Reservation(Table):
     priority = peewee.IntegerField()
     confirm = peewee.IntegerField()  # seconds that its owner has to accept it
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
-    personal = peewee.BooleanField()  # only its user may boot on it through Nova
+    personal = peewee.BooleanField()  # only its user may start on it through Nova
     affinity = came_later(peewee.CharField, '')  # of its VMs on hosts: '', APART or TOGETHER
     where = came_later(peewee.TextField, '')  # what their hosts must be like, as it was typed
     on_conflict = peewee.CharField()  # what becomes of an occurrence that has no room
@@ -4227,7 +4229,7 @@ class Reservation(Table):
 
 class Occurrence(Table):
     reservation = peewee.ForeignKeyField(Reservation, index=False)
-    slot = peewee.CharField()  # the wall time at which a series has it; '': it has none
+    slot = peewee.CharField()  # the local time at which a series has it; '': it has none
     altered = peewee.BooleanField()  # it was changed on its own: the series lets it be
     revision = peewee.IntegerField()  # how often something about it was told
     revised = peewee.IntegerField()  # when that was last
@@ -4237,13 +4239,13 @@ class Occurrence(Table):
     held_from = peewee.IntegerField()   # start - lead
     held_until = peewee.IntegerField()  # end, or earlier when it was cancelled
     vms = peewee.IntegerField()
-    vcpus = peewee.IntegerField()  # of all its machines
-    ram = peewee.IntegerField()    # of all its machines, MiB
-    classes = peewee.TextField()  # of all its machines, JSON
+    vcpus = peewee.IntegerField()  # of all its VMs
+    ram = peewee.IntegerField()    # of all its VMs, MiB
+    classes = peewee.TextField()  # of all its VMs, JSON
     placed = came_later(peewee.TextField, '')  # JSON: how many VMs on which host, by id; '': none
     cancelled = peewee.IntegerField(null=True)
     told = peewee.IntegerField()  # which of SOON, READY, ENDING were announced
-    due = peewee.DoubleField(null=True)  # when the life cycle looks at it next; NULL: never again
+    due = peewee.DoubleField(null=True)  # when the scheduler looks at it next; NULL: never again
     up_told = peewee.IntegerField(null=True)  # so many servers were up when that was last told
     up_check = peewee.DoubleField(null=True)  # when another number is told, if it is one still
     # These two are as its reservation has them, so that indexes know them; triggers keep them so.
@@ -4255,7 +4257,7 @@ class Occurrence(Table):
 
 
 #: What lists walk, in order of start: what is live and what is over for good apart, so that what is
-#: asked for most is not found among history. Each costs about a page of the journal at every
+#: asked for most is not found among history. Each costs about a page of the event log at every
 #: change. They know ends: what begins in the day before a window is judged without its row.
 WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('resource_id',)}
 HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
@@ -4291,7 +4293,7 @@ class Host(Table):
 
 
 class Capacity(Table):
-    """A stretch of time in which a resource has another capacity: it holds the difference."""
+    """A segment of time in which a resource has another capacity: it holds the difference."""
     resource = peewee.ForeignKeyField(Resource)
     start = peewee.IntegerField()
     end = peewee.IntegerField()
@@ -4401,9 +4403,9 @@ class Server(Table):
 
 
 class Claim(Table):
-    """A server that Nova was let boot on a resource; it counts until it is gone."""
+    """A server that Nova was let start on a resource; it counts until it is gone."""
     resource = peewee.ForeignKeyField(Resource, index=False)
-    occurrence = peewee.IntegerField(null=True)  # it boots on; NULL: on what nobody has reserved
+    occurrence = peewee.IntegerField(null=True)  # it starts on; NULL: on what nobody has reserved
     server = peewee.CharField()   # Nova's id
     # where it is; '': not known, or, if it takes that twice, on any two hosts
     host = came_later(peewee.CharField, '')
@@ -4557,7 +4559,7 @@ class Event(Table):
 
 
 class Outbox(Table):
-    """A notice on its way: sent when it is written down with its event, until it has arrived."""
+    """A notification on its way: it is written down with its event, until it has arrived."""
     event = peewee.ForeignKeyField(Event, index=False)
     target = peewee.CharField()
     owner = peewee.CharField()  # who wants it told, PROJECT/USER; '': the operator
@@ -4581,7 +4583,7 @@ class Uninvited(Table):
 
 
 class Lease(Table):
-    """Who may act for the life cycle, and until when unless they say so again."""
+    """Who may act for the scheduler, and until when unless they say so again."""
     name = peewee.CharField(primary_key=True)
     holder = peewee.CharField()
     until = peewee.DoubleField()
@@ -4645,7 +4647,7 @@ class SimulatedServer(Table):
     name = peewee.CharField()
     mark = peewee.CharField()
     made = peewee.DoubleField()
-    boots = peewee.DoubleField()  # seconds that its boot takes
+    boots = peewee.DoubleField()  # seconds that its start takes
     power = peewee.CharField()
     saved = peewee.DoubleField(null=True)  # when the image of it is complete
     fault = peewee.TextField()
@@ -5456,7 +5458,7 @@ STEPS_OF_2 = """
     INSERT INTO step SELECT resource_id, '', at, vms, vcpus, ram FROM old_step;
     DROP TABLE old_step"""
 
-#: Before there were ends and goals, every machine was deleted at the end.
+#: Before there were ends and goals, every VM was deleted at the end.
 GOALS_OF_2 = """
     UPDATE reservation SET at_end = 'delete' WHERE image <> '';
     UPDATE server SET goal = iif(wanted, 'up', 'delete');
@@ -5601,7 +5603,7 @@ MIGRATIONS: list[Callable | str] = [
     # 4: how many servers were told to be up; of what was ready before this version, that was told
     """+ occurrence.up_told INTEGER; + occurrence.up_check REAL;
        UPDATE occurrence SET up_told = vms WHERE due IS NOT NULL AND told & 2""",
-    # 5: whose notices are on their way, and how many mails somebody has had sent
+    # 5: whose notifications are on their way, and how many mails somebody has had sent
     """+ outbox.owner VARCHAR(255) NOT NULL DEFAULT '';
        CREATE TABLE IF NOT EXISTS mailed (owner VARCHAR(255) NOT NULL PRIMARY KEY,
          day INTEGER NOT NULL, number INTEGER NOT NULL)""",
@@ -6352,10 +6354,10 @@ def change_occurrence(id: int, now: float, **values) -> None:
     run(change_text(Occurrence, tuple(values), ', revision = revision + 1'), *values.values(), id)
 
 
-def journal(config: Config, at: float, actor: str, code: str, sentence: str,
-            reservation: int | None = None, notify: Iterable[str] | None = (),
-            occurrence: int | None = None, **refused) -> None:
-    """Appends an event, and the notices of it; inside the transaction of what it tells.
+def log_event(config: Config, at: float, actor: str, code: str, sentence: str,
+              reservation: int | None = None, notify: Iterable[str] | None = (),
+              occurrence: int | None = None, **refused) -> None:
+    """Appends an event, and the notifications of it; inside the transaction of what it tells.
 
     Args:
       notify: who hears of it beside the operator's webhook; None: nobody, it is only logged
@@ -6398,7 +6400,7 @@ def write_event(at: float, actor: str, code: str, sentence: str,
 
 def tell_owners(config: Config, event: int, targets: list[str], about: dict, actor: str,
                 at: float) -> None:
-    """Writes down the notices of an event for its owner; as many mails as a day may have."""
+    """Writes down the notifications of an event for its owner; as many mails as a day may have."""
     owner = owner_of(about['reservation']) or f"{about.get('project', '')}/{actor}"
     mails = [target for target in targets if not is_web(target)]
     left = mails_left(config, owner, len(mails), at) if mails else 0
@@ -7228,7 +7230,7 @@ def in_order(amount: Amount, names: Iterable[str]) -> tuple:
 
 
 def need_of(held: Hold, of=None) -> Need:
-    """What a hold `of` a wish or a row needs of hosts; of one reserved by its name all, once."""
+    """What a hold `of` a spec or a row needs of hosts; of one reserved by its name all, once."""
     amount = held.amount
     for name in amount.names:
         if name.startswith(HOST):
@@ -7479,7 +7481,7 @@ PUSHES = 100  # of a turn
 MOST_SEEN = 4_000  # rows, that are read twice
 MOST_WIDENED = 200
 SEARCHES = 20  # of one request, which may be a series
-FEW_SEARCHES = 3  # of the life cycle at once: VMs wait to be started
+FEW_SEARCHES = 3  # of the scheduler at once: VMs wait to be started
 
 
 class Unit:
@@ -7856,13 +7858,13 @@ def find_hosts(need: Need, had: dict[int, int], stay: bool, now: float,
 
 # Clouds ######################################################################
 #
-# What a cloud must do for us: know names, boot one machine under a mark, list the servers that
+# What a cloud must do for us: know names, start one VM under a mark, list the servers that
 # carry our marks, delete one. A mark is unique for each attempt to make a server and is set in the
 # create call itself, so that a server whose answer was lost is found again.
 
 
 class Flavor(NamedTuple):
-    """What one machine takes: vcpus, ram in MiB, other resource classes as an Amount has them, and
+    """What one VM takes: vcpus, ram in MiB, other resource classes as an Amount has them, and
     of the disk of its host, in GB."""
     vcpus: int
     ram: int
@@ -7871,7 +7873,7 @@ class Flavor(NamedTuple):
 
 
 def takes_of(flavor: Flavor, place) -> Amount:
-    """What one machine takes of a resource: disk, where its hosts have some of their own."""
+    """What one VM takes of a resource: disk, where its hosts have some of their own."""
     *figures, disk = flavor
     counts = disk and DISK in capacity(place).names
     return Amount(1, *figures) + Amount(classes=((DISK, disk),) if counts else ())
@@ -7923,10 +7925,10 @@ BOOTED = {name: each.held('') for name, each in MADE_OF.items() if each.ask}
 
 class Machine(namedtuple('Machine', ('name', 'mark', *BOOTED, 'hint', 'sight', 'fence'),
                          defaults=(*BOOTED.values(), '', EVERYTHING, lambda: None))):
-    """One machine to boot, in the words of the person who asked for it.
+    """One VM to start, in the words of the person who asked for it.
 
     Args:
-      hint: the label under which Nova's scheduler is to let it boot
+      hint: the label under which Nova's scheduler is to let it start
       sight: what it may be made of
       fence: called just before the request that makes it; raises if it is too late for that
     """
@@ -8029,7 +8031,7 @@ class Seat(NamedTuple):
     moves: bool = False  #: Its host may change, or was another and may be that again.
 
 
-class Seen(NamedTuple):
+class ServerStatus(NamedTuple):
     """A server of ours as its cloud shows it: Nova's status in lower case, `made` in seconds since
     1970."""
     uid: str
@@ -8120,18 +8122,18 @@ class Cloud:
         """Begins to make one server and tells its id; unless CloudError is `sure`, it may exist all
         the same.
 
-        Calls the machine's `fence` just before the one request that makes it, and lets through what
+        Calls the VM's `fence` just before the one request that makes it, and lets through what
         that raises.
         """
 
-    def servers(self) -> list[Seen]:
+    def servers(self) -> list[ServerStatus]:
         """All servers that carry this store's marks, in whatever state."""
 
     def delete(self, uid: str) -> None:
         """Begins to delete a server; it is gone when servers() doesn't show it; one that is gone
         already is fine."""
 
-    def server(self, uid: str) -> Seen | None:
+    def server(self, uid: str) -> ServerStatus | None:
         """One server by its id, with our mark or without; None if it is not there."""
 
     def start(self, uid: str) -> None:
@@ -8459,28 +8461,28 @@ class OpenStack(Cloud):
         named = self.check(named_by(made), machine.sight)
         for (name, _, _), thing in zip(cloudy_names(made), named):
             found[name].append(thing.id)
-        wish = {'name': machine.name, 'metadata': {}, 'tags': [self.store, machine.mark],
+        spec = {'name': machine.name, 'metadata': {}, 'tags': [self.store, machine.mark],
                 'networks': 'auto'}
         for name in BOOTED:
             if made[name]:
-                MADE_OF[name].ask(wish, made[name], found[name])
+                MADE_OF[name].ask(spec, made[name], found[name])
         if machine.hint:
-            wish['scheduler_hints'] = {'cmres': machine.hint}
+            spec['scheduler_hints'] = {'cmres': machine.hint}
         machine.fence()
         with self.calling('make a server') as cloud:
-            return cloud.compute.create_server(**wish).id
+            return cloud.compute.create_server(**spec).id
 
     def servers(self):
         with self.calling('list servers', sure=True) as cloud:
             return [self.seen(server) for server in cloud.compute.servers(tags=self.store)]
 
-    def seen(self, server) -> Seen:
+    def seen(self, server) -> ServerStatus:
         mark = next((tag for tag in server.tags or () if tag.startswith(f'{self.store}-')), '')
         fault = server.fault.get('message', '') if isinstance(server.fault, dict) else ''
         addresses = [each['addr'] for each in sum((server.addresses or {}).values(), [])]
         made = datetime.fromisoformat(server.created_at).timestamp()
         state = (server.status or 'unknown').lower()
-        return Seen(server.id, mark, state, made, fault, addresses, server.name)
+        return ServerStatus(server.id, mark, state, made, fault, addresses, server.name)
 
     def delete(self, uid):
         with self.calling('delete a server', sure=True) as cloud:
@@ -8725,10 +8727,10 @@ class OpenStack(Cloud):
 
     def lend_to_token(self, token: str, name: str, lent: Lent) -> str:
         """Makes a server group in the project of somebody's token, and tells its id."""
-        wish = {'server_group': {'name': f'{self.store} {name}', 'policy': lent.policy}}
+        spec = {'server_group': {'name': f'{self.store} {name}', 'policy': lent.policy}}
         with self.calling('lend a server group') as cloud:
             return cloud.compute.post(
-                '/os-server-groups', json=wish, headers={'X-Auth-Token': token},
+                '/os-server-groups', json=spec, headers={'X-Auth-Token': token},
                 authenticated=False, microversion='2.64').json()['server_group']['id']
 
     def lend_address(self, network, address: str, lent: Lent) -> str:
@@ -8887,12 +8889,12 @@ class Simulated(Cloud):
         found = self.present().where(SimulatedServer.uid == uid).first()
         return self.seen(found) if found else None
 
-    def seen(self, server) -> Seen:
+    def seen(self, server) -> ServerStatus:
         up = self.clock() >= server.made + server.boots
         state = 'build' if not up else 'error' if server.fault else server.power
         address = f'10.0.{server.id // 250 % 250}.{server.id % 250 + 1}'
-        return Seen(server.uid, server.mark, state, server.made, server.fault if up else '',
-                    [address] if up else [], server.name)
+        return ServerStatus(server.uid, server.mark, state, server.made, server.fault if up else '',
+                            [address] if up else [], server.name)
 
     def delete(self, uid):
         self.set(uid, gone=self.clock())
@@ -9189,51 +9191,52 @@ SILENT_KEYSTONE = ('Keystone does not answer, so your token can not be checked. 
                    'minute; tokens of cmres itself work meanwhile')
 
 
-# Notices #####################################################################
+# Notifications ###############################################################
 #
 # What goes to addresses that people gave, and comes from there.
 #
-# A notice is written down with the event that it tells of, in the same transaction; the life cycle
-# delivers it, at least once, with growing pauses for some days. Webhooks get signed JSON, people
-# get mail in the words of the configuration.
+# A notification is written down with the event that it tells of, in the same transaction; the
+# scheduler delivers it, at least once, with growing pauses for some days. Webhooks get signed JSON,
+# people get mail in the words of the configuration.
 
-GIVE_UP = 3 * 86400  # seconds after which an undeliverable notice is given up
+GIVE_UP = 3 * 86400  # seconds after which an undeliverable notification is given up
 RARELY = 3600  # seconds that pauses grow to before a host is asked again that does not answer
 MOST_WAIT = 10  # seconds for an answer from an address that a person gave
 MAIL_WAIT = 30  # seconds for all that a mail server says: some let one wait
-PER_HOST = 2  # notices that are on their way to one host at the same time
+PER_HOST = 2  # notifications that are on their way to one host at the same time
 MOST_FETCHED = 2**24  # bytes of it: a calendar
 
-NOTICES = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code,
+NOTIFICATIONS = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code,
                     e.sentence, e.reservation_id, e.occurrence, n.invites
                FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
 @functools.lru_cache(4096)
 def host_of(target: str) -> str:
-    """The host that a notice goes to; '' for mails, which all go to our own server."""
+    """The host that a notification goes to; '' for mails, which all go to our own server."""
     try:
         return urlsplit(target).hostname or target if is_web(target) else ''
     except ValueError:  # such as http://[x; whoever delivers it finds that out as well
         return target
 
 
-class Undelivered(Error):
-    """A notice did not arrive; it may the next time."""
+class DeliveryFailed(Error):
+    """A notification did not arrive; it may the next time."""
 
 
-def deliver(config: Config, notice, about: dict) -> None:
-    """Delivers a notice to its target, `about` its reservation as answers show it; else
+def deliver(config: Config, notification, about: dict) -> None:
+    """Delivers a notification to its target, `about` its reservation as answers show it; else
     Undelivered."""
     try:
-        if is_web(notice.target):
-            body = {'id': notice.event, 'event': notice.code, 'at': instant(notice.at),
-                    'actor': notice.actor, 'sentence': notice.sentence, 'reservation': about}
-            post(config, notice.target, json_text(body).encode())
+        if is_web(notification.target):
+            body = {'id': notification.event, 'event': notification.code,
+                    'at': instant(notification.at), 'actor': notification.actor,
+                    'sentence': notification.sentence, 'reservation': about}
+            post(config, notification.target, json_text(body).encode())
         else:
-            send_mail(config, notice, about)
+            send_mail(config, notification, about)
     except (OSError, ValueError, http_client.HTTPException) as error:  # smtplib's are OSErrors
-        raise Undelivered(f'{type(error).__name__}: {error}') from None
+        raise DeliveryFailed(f'{type(error).__name__}: {error}') from None
 
 
 def post(config: Config, url: str, body: bytes) -> None:
@@ -9266,7 +9269,7 @@ def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
         raise ValueError('It redirects more than five times.')
     except (OSError, ValueError, http_client.HTTPException) as error:
         kind = '' if type(error) is ValueError else f'{type(error).__name__}: '  # it's our sentence
-        raise Undelivered(f'{kind}{first_line(error)}') from None
+        raise DeliveryFailed(f'{kind}{first_line(error)}') from None
 
 
 def exchange(config: Config, verb: str, url: str, body: bytes | None,
@@ -9375,37 +9378,37 @@ def embedded(address) -> list:
     return [each for each in found if each]
 
 
-def send_mail(config: Config, notice, about: dict) -> None:
-    subject, _, text = notice_text(config, notice, about).partition('\n')
-    sentence = legible(notice.sentence)
-    message = mail_to(config, notice, subject)
-    told = '{what}' in config.texts[notice.code] or sentence.rstrip('.') in text
+def send_mail(config: Config, notification, about: dict) -> None:
+    subject, _, text = notification_text(config, notification, about).partition('\n')
+    sentence = legible(notification.sentence)
+    message = mail_to(config, notification, subject)
+    told = '{what}' in config.texts[notification.code] or sentence.rstrip('.') in text
     message.set_content(f'{text}\n' if told else f'{text}\n\n{sentence}\n')
     post_mail(config, message)
 
 
-def send_invitation(config: Config, notice, subject: str, text: str, method: str, event: str,
+def send_invitation(config: Config, notification, subject: str, text: str, method: str, event: str,
                     stop: str) -> None:
     """Sends a mail with an event for a calendar (RFC 6047), and the address `stop` at which its
     reader says that no more are wanted; else Undelivered."""
-    message = mail_to(config, notice, subject)
+    message = mail_to(config, notification, subject)
     message['List-Unsubscribe'] = f'<{stop}>'
     message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
     message.add_alternative(event, subtype='calendar', params={'method': method})
     try:
         post_mail(config, message)
     except (OSError, ValueError) as error:
-        raise Undelivered(f'{type(error).__name__}: {error}') from None
+        raise DeliveryFailed(f'{type(error).__name__}: {error}') from None
 
 
-def mail_to(config: Config, notice, subject: str):
-    """A mail for the target of a notice, without a text."""
+def mail_to(config: Config, notification, subject: str):
+    """A mail for the target of a notification, without a text."""
     message = email_message.EmailMessage()
-    message['From'], message['To'] = config.mail_from, notice.target
+    message['From'], message['To'] = config.mail_from, notification.target
     message['Subject'] = f'[cmres] {subject}'
     message['Date'] = email_utils.formatdate()  # RFC 5322 wants one, and spam filters miss it
     # a repeated one is known as such
-    message['Message-ID'] = f'<event-{notice.event}-{notice.id}@cmres>'
+    message['Message-ID'] = f'<event-{notification.event}-{notification.id}@cmres>'
     return message
 
 
@@ -9420,7 +9423,7 @@ def post_mail(config: Config, message) -> None:
         server.send_message(message)
 
 
-def notice_text(config: Config, notice, about: dict) -> str:
+def notification_text(config: Config, notification, about: dict) -> str:
     """The words of the configuration for an event, filled with its reservation."""
     zone = read_zone(about.get('tz') or config.timezone)
     fields = {name: format_moment(value, zone) if isinstance(value, datetime)
@@ -9429,9 +9432,9 @@ def notice_text(config: Config, notice, about: dict) -> str:
     if config.public_url and 'label' in about:
         where = urlencode({'project': about['project']})
         fields['link'] = f"{config.public_url.rstrip('/')}/r/{quote(about['label'])}?{where}"
-    sentence = legible(notice.sentence).rstrip('.')
-    fields |= {'sentence': sentence, 'message': sentence, 'actor': legible(notice.actor)}
-    return tidy(config.texts[notice.code].format_map(defaultdict(str, fields)))
+    sentence = legible(notification.sentence).rstrip('.')
+    fields |= {'sentence': sentence, 'message': sentence, 'actor': legible(notification.actor)}
+    return tidy(config.texts[notification.code].format_map(defaultdict(str, fields)))
 
 
 def tidy(text: str) -> str:
@@ -9802,7 +9805,7 @@ MOST_COMPONENTS = 150_000  # components that are looked at
 MOST_LINES = 2**20
 MOST_TOLD = 20          # refusals of a calendar, each by itself
 MOST_HEAD = 4000        # letters of one in which its first line is
-MOST_EVENTS = 2000      # that want machines
+MOST_EVENTS = 2000      # that want VMs
 MOST_DATES = 5000       # RDATEs and EXDATEs of an event, exceptions of a series
 MOST_ALIKE = 100        # series of one UID
 MOST_UID = 1500         # bytes of one: indexes of PostgreSQL take no more than 2704
@@ -9862,18 +9865,18 @@ OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 #: What an event of a calendar asks for; '' is for the defaults of the import.
-Want = namedtuple('Want', [each.field for each in ASKING.values()],
-                  defaults=[each.default for each in ASKING.values()])
+CalendarSpec = namedtuple('Want', [each.field for each in ASKING.values()],
+                          defaults=[each.default for each in ASKING.values()])
 
 
-class Booking(NamedTuple):
-    """All components of one UID, as a series that wants machines."""
+class CalendarBooking(NamedTuple):
+    """All components of one UID, as a series that wants VMs."""
     uid: str
     summary: str
-    guess: str           # the flavor in words that only look like a wish
+    guess: str           # the flavor in words that only look like a spec
     name: str            # as a sentence calls it
-    want: Want
-    stretches: list      # of resource 0, until it is known
+    want: CalendarSpec
+    segments: list      # of resource 0, until it is known
     cancelled: bool
     digest: str          # of its text, without what changes at each look
     error: str = ''      # why it can't be understood
@@ -9944,15 +9947,15 @@ def changes_of(part: Entry) -> Iterator[tuple[datetime, timedelta, timedelta]]:
     """The changes of a part of a VTIMEZONE (RFC 5545, 3.6.5), each with the offsets after it and
     before it: a part is a series by the clock."""
     before, offset = (read_offset(part.one(name)[1]) for name in ('TZOFFSETFROM', 'TZOFFSETTO'))
-    stretch = plain_stretch(part, Clock(part.start, UTC, UTC, UTC))
+    segment = plain_segment(part, Clock(part.start, UTC, UTC, UTC))
     # Its UNTIL is an instant; by the clock a day more holds no other change.
     rule = re.sub('(?<=UNTIL=)[^;]*', lambda last: (
-        f'{read_until(last[0]) + timedelta(days=1):%Y%m%dT%H%M%S}'), stretch.rule)
-    found = all_slots([stretch._replace(rule=rule, length=1)], 0, LAST_CHANGE)
+        f'{read_until(last[0]) + timedelta(days=1):%Y%m%dT%H%M%S}'), segment.rule)
+    found = all_slots([segment._replace(rule=rule, length=1)], 0, LAST_CHANGE)
     if len(found) > MOST_CHANGES:
         raise ValueError(len(found))
-    walls = {part.start.wall, *(to_wall(instant(slot.start), UTC) for slot in found)}
-    return ((wall - before, offset, before) for wall in walls)
+    local_starts = {part.start.local, *(to_local(instant(slot.start), UTC) for slot in found)}
+    return ((local - before, offset, before) for local in local_starts)
 
 
 def read_offset(text: str) -> timedelta:
@@ -9973,12 +9976,12 @@ def read_property(line: str) -> tuple[str, str, str] | None:
 
 class Moment(NamedTuple):
     """A time of a calendar: what its clock shows, and in which zone; None is that of its owner."""
-    wall: datetime
+    local: datetime
     zone: tzinfo | None = None
     whole: bool = False  # a day
 
     def at(self, owner: tzinfo) -> datetime:
-        return from_wall(self.wall, self.zone or owner)
+        return from_local(self.local, self.zone or owner)
 
 
 def read_moment(text: str, parameters: str, frame: Frame) -> Moment:
@@ -9986,18 +9989,18 @@ def read_moment(text: str, parameters: str, frame: Frame) -> Moment:
     match = MOMENT.fullmatch(text.strip())
     try:
         *numbers, second = (int(each or 0) for each in match.groups()[:6])
-        wall = datetime(*numbers, min(second, 59))  # a leap second
+        local = datetime(*numbers, min(second, 59))  # a leap second
     except (AttributeError, ValueError):
         raise Invalid(f'{shown(text)} is not a time. Write it like 20270301T090000Z.') from None
-    if not 1 < wall.year < LAST.year:
-        raise Invalid(f'The time {wall} is not before the year {LAST.year}.')
+    if not 1 < local.year < LAST.year:
+        raise Invalid(f'The time {local} is not before the year {LAST.year}.')
     if match[4] is None:
-        return Moment(wall, None, True)
+        return Moment(local, None, True)
     if match[7]:
-        return Moment(wall, UTC)
+        return Moment(local, UTC)
     name = re.search('(?i);TZID=("[^"]*"|[^;]*)', parameters)
     named = name[1] if name else frame.beside
-    return Moment(wall, frame.zone(named) if named else None)
+    return Moment(local, frame.zone(named) if named else None)
 
 
 def read_length(text: str) -> timedelta:
@@ -10014,7 +10017,7 @@ class Entry:
     def __init__(self, line: int, frame: Frame):
         self.line, self.frame = line, frame
         self.lines: dict[str, list[bytes]] = defaultdict(list)  # those that may be asked for
-        self.want: Want | None = None  # what it asks for, as soon as that was looked for
+        self.want: CalendarSpec | None = None  # what it asks for, as soon as that was looked for
 
     @functools.cached_property
     def said(self) -> dict[str, list[tuple[str, str]]]:
@@ -10044,7 +10047,7 @@ class Entry:
         return found[0]
 
     def text(self, name: str) -> str:
-        """The first of a text, without what is for machines only; '' without it."""
+        """The first of a text, without what is for VMs only; '' without it."""
         return unescaped(self.said.get(name, [('', '')])[0][1])
 
     def moment(self, name: str) -> Moment:
@@ -10076,10 +10079,10 @@ class Entry:
                     else timedelta(days=self.start.whole))
         end, zone = self.moment('DTEND'), self.start.zone
         if zone and end.zone and end.zone is not zone:
-            end = Moment(to_wall(end.at(zone), zone))
-        if end.wall < self.start.wall:
-            raise Invalid(f'It ends at {end.wall}, before it starts.')
-        return end.wall - self.start.wall
+            end = Moment(to_local(end.at(zone), zone))
+        if end.local < self.start.local:
+            raise Invalid(f'It ends at {end.local}, before it starts.')
+        return end.local - self.start.local
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -10235,8 +10238,8 @@ def by_uid(entries: list[Entry]) -> dict[str, list[Entry]]:
     return {key: group for uid, found in groups.items() for key, group in told_apart(uid, found)}
 
 
-def wishful(entries: list[Entry]) -> list[Entry]:
-    """The events of those UIDs of which one may want VMs: what has no wish needs no reading."""
+def with_specs(entries: list[Entry]) -> list[Entry]:
+    """The events of those UIDs of which one may want VMs: what has no spec needs no reading."""
     texts = ('SUMMARY', 'DESCRIPTION', 'LOCATION', 'CATEGORIES')
     uids = {entry.uid for entry in entries
             if any(WISH.search(line) for name in texts for line in entry.lines.get(name, ()))}
@@ -10269,22 +10272,22 @@ def told_apart(uid: str, found: list[Entry]) -> Iterator[tuple[str, list[Entry]]
 class Clock(NamedTuple):
     """By what a series goes."""
     first: Moment    # its first start
-    here: tzinfo     # the zone of its wall times
+    here: tzinfo     # the zone of its local times
     owner: tzinfo    # that of times that name none
     days: tzinfo     # that of times in whole-day series, as Exchange writes them
 
-    def wall(self, moment: Moment) -> datetime:
+    def local(self, moment: Moment) -> datetime:
         """What the clock of the series shows at a time."""
         if (moment.zone or self.owner) is self.here:
-            return moment.wall
-        return to_wall(moment.at(self.owner), self.here)
+            return moment.local
+        return to_local(moment.at(self.owner), self.here)
 
     def slot(self, moment: Moment) -> datetime:
         """The slot that a RECURRENCE-ID, RDATE or EXDATE names; in a series of days a day."""
         if self.first.whole:
-            day = to_wall(moment.at(UTC), self.days) if moment.zone is UTC else moment.wall
+            day = to_local(moment.at(UTC), self.days) if moment.zone is UTC else moment.local
             return at_midnight(day)
-        return self.wall(moment) if moment.zone else moment.wall
+        return self.local(moment) if moment.zone else moment.local
 
 
 def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
@@ -10301,7 +10304,7 @@ def clock_of(entries: list[Entry], owner: tzinfo) -> Clock:
 
 
 def rule_of(entry: Entry, clock: Clock) -> str:
-    """The rule of a series, its UNTIL a wall time; '' without one."""
+    """The rule of a series, its UNTIL a local time; '' without one."""
     rule = re.sub(r'\s', '', entry.one('RRULE')[1]).upper()
     if 'EXRULE' in entry.said:
         raise Invalid('It has an EXRULE, which is no longer part of iCalendar.')
@@ -10309,7 +10312,7 @@ def rule_of(entry: Entry, clock: Clock) -> str:
         return ''
     rule = re.sub('(?<=UNTIL=)[^;]*', lambda until: plain_until(until[0], clock),
                   checked_rule(rule))
-    start = clock.wall(clock.first)
+    start = clock.local(clock.first)
     if UNEVEN & set(parts_of(rule)) and not next(followed(endless(rule), start, start), None):
         raise Invalid(f'Its rule {rule} never matches.')
     return local_rule(rule, clock.here)
@@ -10322,20 +10325,20 @@ def plain_until(text: str, clock: Clock) -> str:
         return text
     if clock.first.whole:
         if f'{last:%H%M%S}' not in ('000000', '235959'):  # else it is a day, and no instant
-            last = to_wall(last.replace(tzinfo=UTC), clock.days)
+            last = to_local(last.replace(tzinfo=UTC), clock.days)
         return f'{last:%Y%m%d}'
     return text if text.endswith('Z') or clock.first.zone is None else f'{text}Z'
 
 
 class Timetable(NamedTuple):
-    """When the events of one UID occur: stretches by a zone, and the status of slots."""
-    stretches: list[Stretch]
+    """When the events of one UID occur: segments by a zone, and the status of slots."""
+    segments: list[Segment]
     zone: tzinfo
     usual: str               # status of a slot
     status: dict[str, str]   # of those that are otherwise
 
     def slots(self, begin: float, until: float) -> list[Slot]:
-        return all_slots(self.stretches, begin, until, self.zone)
+        return all_slots(self.segments, begin, until, self.zone)
 
 
 def timetable(entries: list[Entry], owner: tzinfo) -> Timetable:
@@ -10348,13 +10351,13 @@ def timetable(entries: list[Entry], owner: tzinfo) -> Timetable:
     if sum(values.count(',') + 1 for values in lists) + len(entries) > MOST_DATES:
         raise Invalid(f'It has more than {MOST_DATES} dates and exceptions.')
     clock = clock_of(entries, owner)
-    stretches = [plain_stretch(head, clock)]
+    segments = [plain_segment(head, clock)]
     exceptions = exceptions_of(entries, clock)
     if head.exception:  # without their series they are all there is
         keys = tuple(sorted(exceptions))
         exceptions = exceptions if len(keys) > 1 else {}
-        stretches = [stretches[0]._replace(dates=keys if len(keys) > 1 else ())]
-    return Timetable(overridden(stretches, exceptions, clock), clock.here, head.status,
+        segments = [segments[0]._replace(dates=keys if len(keys) > 1 else ())]
+    return Timetable(overridden(segments, exceptions, clock), clock.here, head.status,
                      {key: entry.status for key, entry in exceptions.items()})
 
 
@@ -10369,73 +10372,73 @@ def exceptions_of(entries: list[Entry], clock: Clock) -> dict[str, Entry]:
     return found
 
 
-def plain_stretch(entry: Entry, clock: Clock) -> Stretch:
+def plain_segment(entry: Entry, clock: Clock) -> Segment:
     """A series as if it had no exceptions."""
-    first, (length, exact) = clock.wall(entry.start).isoformat(), entry.lengths
+    first, (length, exact) = clock.local(entry.start).isoformat(), entry.lengths
     name = 'UTC' if clock.here is UTC else getattr(clock.here, 'key', '')
     if entry.exception:
-        return Stretch(first, length, name, entry.vms, 0, exact=exact)
+        return Segment(first, length, name, entry.vms, 0, exact=exact)
     rule, dates = rule_of(entry, clock), tuple(added_dates(entry, clock))
     skips = tuple(clock.slot(moment).isoformat()[:10 if moment.whole or clock.first.whole else None]
                   for moment, _ in entry.listed('EXDATE'))
     dates = (first, *dates) if rule or dates else ()
-    return Stretch(first, length, name, entry.vms, 0, rule, dates, skips, exact=exact)
+    return Segment(first, length, name, entry.vms, 0, rule, dates, skips, exact=exact)
 
 
 def added_dates(entry: Entry, clock: Clock) -> Iterator[str]:
     """The slots of RDATE; a period has its length in seconds behind a slash."""
     for moment, end in entry.listed('RDATE'):
-        wall = clock.slot(moment)
-        until = clock.wall(end) if isinstance(end, Moment) else wall + end if end else None
-        if until and until < wall:
+        local = clock.slot(moment)
+        until = clock.local(end) if isinstance(end, Moment) else local + end if end else None
+        if until and until < local:
             raise Invalid(f'Its RDATE ends at {until}, before it starts.')
-        length = f'/{int((until - wall).total_seconds())}' if until else ''
-        yield f'{wall.isoformat()}{length}'
+        length = f'/{int((until - local).total_seconds())}' if until else ''
+        yield f'{local.isoformat()}{length}'
 
 
-def overridden(stretches: list[Stretch], exceptions: dict[str, Entry],
-               clock: Clock) -> list[Stretch]:
+def overridden(segments: list[Segment], exceptions: dict[str, Entry],
+               clock: Clock) -> list[Segment]:
     """A series with its exceptions: moved, or with RANGE=THISANDFUTURE otherwise from there on."""
     moved = {}
     for key, entry in sorted(exceptions.items()):
         with naming(entry):
-            start, (length, exact) = clock.wall(entry.start), entry.lengths
+            start, (length, exact) = clock.local(entry.start), entry.lengths
             rest = 'RANGE=THISANDFUTURE' in entry.one('RECURRENCE-ID')[0].upper()
-            last = stretches[-1]
+            last = segments[-1]
             first, slot = map(datetime.fromisoformat, (last.start, key))
             # what was added by hand has none that follow
             if rest and (slot == first or last.rule and on_rule(last.rule, first, slot)):
-                STEPS.take(5 * len(stretches))
-                stretches, moved = with_moved(stretches, moved), {}
-                stretches = following(stretches, key, entry, start)
+                STEPS.take(5 * len(segments))
+                segments, moved = with_moved(segments, moved), {}
+                segments = following(segments, key, entry, start)
             else:
                 moved[key] = start.isoformat(), length, entry.vms, exact
-    return with_moved(stretches, moved)
+    return with_moved(segments, moved)
 
 
-def with_moved(stretches: list[Stretch], moved: dict[str, tuple]) -> list[Stretch]:
+def with_moved(segments: list[Segment], moved: dict[str, tuple]) -> list[Segment]:
     """A series of which some occurrences are otherwise, even where the rule has no slot."""
     found = []
-    for stretch in stretches:
-        dates = stretch.dates or (stretch.start,)
+    for segment in segments:
+        dates = segment.dates or (segment.start,)
         more = tuple(sorted(moved.keys() - {*dates}))
-        found.append(stretch._replace(moved=stretch.moved | moved,
-                                      dates=(*dates, *more) if more else stretch.dates))
+        found.append(segment._replace(moved=segment.moved | moved,
+                                      dates=(*dates, *more) if more else segment.dates))
     return found
 
 
-def following(stretches: list[Stretch], key: str, entry: Entry,
-              start: datetime) -> list[Stretch]:
+def following(segments: list[Segment], key: str, entry: Entry,
+              start: datetime) -> list[Segment]:
     """A series that is otherwise from a slot on, or over."""
     if entry.status == 'CANCELLED':
-        return [each._replace(until=min(each.until or key, key)) for each in stretches]
-    last, shift = stretches[-1], start - datetime.fromisoformat(key)
+        return [each._replace(until=min(each.until or key, key)) for each in segments]
+    last, shift = segments[-1], start - datetime.fromisoformat(key)
     if day := re.search(r'UNTIL=(\d{8}T235959)', last.rule):  # after that day nothing begins
         end = (read_until(day[1]) - shift + timedelta(seconds=1)).isoformat()
-        stretches = [*stretches[:-1], last._replace(until=min(last.until or end, end))]
+        segments = [*segments[:-1], last._replace(until=min(last.until or end, end))]
     length, exact = entry.lengths
-    return cut_stretches(stretches, key, shift=int(shift.total_seconds()) - last.shift,
-                         length=length, exact=exact, vms=entry.vms)
+    return cut_segments(segments, key, shift=int(shift.total_seconds()) - last.shift,
+                        length=length, exact=exact, vms=entry.vms)
 
 
 def occurrences_of(entries: list[Entry], owner: ZoneInfo, begin: datetime,
@@ -10492,7 +10495,7 @@ def group_occurrences(group: list[Entry], owner: ZoneInfo, begin: datetime,
 
 
 def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, until: datetime,
-             defaults: Want, usual: Want | None = None) -> list[Booking]:
+             defaults: CalendarSpec, usual: CalendarSpec | None = None) -> list[CalendarBooking]:
     """What the events of calendars want, by UID; those that want nothing are left out unread. What
     says nothing wants what is `usual`; a series in a zone of its own making is spelled out from
     `begin` to `until`."""
@@ -10501,15 +10504,16 @@ def bookings(groups: dict[str, list[Entry]], owner: ZoneInfo, begin: datetime, u
         if FEED_UID.fullmatch(uid):
             continue
         more = len(found) >= MOST_EVENTS
-        booking = booking_of(uid, groups[uid], owner, begin, until, defaults, usual, budget, more)
+        booking = read_calendar_event(uid, groups[uid], owner, begin, until, defaults, usual,
+                                      budget, more)
         if booking:  # else it wants nothing
             found[uid] = booking
     return [found[uid] for uid in groups if uid in found]
 
 
-def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, until: datetime,
-               defaults: Want, usual: Want | None, budget: Budget,
-               too_many: bool) -> Booking | None:
+def read_calendar_event(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime,
+                        until: datetime, defaults: CalendarSpec, usual: CalendarSpec | None,
+                        budget: Budget, too_many: bool) -> CalendarBooking | None:
     """What the events of one UID want; what they say badly refuses them alone."""
     head = group[0]
     try:
@@ -10522,15 +10526,15 @@ def booking_of(uid: str, group: list[Entry], owner: ZoneInfo, begin: datetime, u
             if too_many:
                 raise Invalid(f'Its calendar has more than {MOST_EVENTS} events that ask for VMs. '
                               'Put it into a calendar of its own.')
-            stretches = wanted_stretches(timetable(group, owner), group, begin, until)
-            said = head.want, *stretches, digest_of(group)
+            segments = wanted_segments(timetable(group, owner), group, begin, until)
+            said = head.want, *segments, digest_of(group)
     except BadCalendar as error:
         said = defaults, [], False, '', str(error)
     title = re.sub(f'(?:{UNSEEN.pattern}|\\s)+', ' ', head.text('SUMMARY'))[:1000]
-    return Booking(uid, title, guessed(head), head.name, *said)
+    return CalendarBooking(uid, title, guessed(head), head.name, *said)
 
 
-def read_wants(group: list[Entry], defaults: Want, usual: Want | None) -> None:
+def read_wants(group: list[Entry], defaults: CalendarSpec, usual: CalendarSpec | None) -> None:
     """Reads what events want; exceptions as their series unless they say."""
     head = group[0]
     for entry in group:
@@ -10541,58 +10545,58 @@ def read_wants(group: list[Entry], defaults: Want, usual: Want | None) -> None:
                           'image and resource. Make the different ones an event of their own.')
 
 
-def wanted_stretches(table: Timetable, group: list[Entry], begin: datetime,
-                     until: datetime) -> tuple[list[Stretch], bool]:
-    """The stretches of a series without what is cancelled, and whether all of it is."""
+def wanted_segments(table: Timetable, group: list[Entry], begin: datetime,
+                    until: datetime) -> tuple[list[Segment], bool]:
+    """The segments of a series without what is cancelled, and whether all of it is."""
     gone = [key for key in table.status if table.status[key] == 'CANCELLED']
-    stretches, cancelled = table.stretches, table.usual == 'CANCELLED'
+    segments, cancelled = table.segments, table.usual == 'CANCELLED'
     if cancelled and len(gone) < len(table.status):  # exceptions are events of their own
         left = tuple(key for key in table.status if key not in gone)
-        stretches, cancelled = [stretches[0]._replace(rule='', dates=left, skips=())], False
+        segments, cancelled = [segments[0]._replace(rule='', dates=left, skips=())], False
     elif group[0].exception and table.status:
         cancelled = len(gone) == len(table.status)
     if gone:
-        stretches = [stretch._replace(skips=(*stretch.skips, *gone)) for stretch in stretches]
-    refuse_lengths(stretches, begin, cancelled)
-    if not stretches[0].zone:
-        stretches = spelled_out(table._replace(stretches=stretches), begin, until)
-    return stretches, cancelled
+        segments = [segment._replace(skips=(*segment.skips, *gone)) for segment in segments]
+    refuse_lengths(segments, begin, cancelled)
+    if not segments[0].zone:
+        segments = spelled_out(table._replace(segments=segments), begin, until)
+    return segments, cancelled
 
 
-def refuse_lengths(stretches: list[Stretch], begin: datetime, cancelled: bool) -> None:
+def refuse_lengths(segments: list[Segment], begin: datetime, cancelled: bool) -> None:
     """Invalid for an occurrence that is too long, or has no length and is not long past."""
-    lengths = [length for stretch in stretches for length in lengths_of(stretch)]
+    lengths = [length for segment in segments for length in lengths_of(segment)]
     if max(lengths) > MOST_LENGTH:
         raise Invalid(f'It is {format_duration(max(lengths))} long. At most {MOST_LENGTH // 86400} '
                       'days are possible.')
     if min(lengths) > 0 or cancelled or not any(lengths):  # without any it is refused elsewhere
         return
     since = (begin - timedelta(days=2)).strftime('%Y-%m-%dT%H:%M:%S')
-    if any(0 in lengths_of(stretch, since) for stretch in stretches
-           if not stretch.until or stretch.until > since):
+    if any(0 in lengths_of(segment, since) for segment in segments
+           if not segment.until or segment.until > since):
         raise Invalid('One of its occurrences ends when it starts.')
 
 
-def lengths_of(stretch: Stretch, since: str = '') -> list[int]:
-    """The lengths that its occurrences have, of those that are otherwise from a wall time on."""
-    periods = (int(each.partition('/')[2]) for each in stretch.dates
+def lengths_of(segment: Segment, since: str = '') -> list[int]:
+    """The lengths that its occurrences have, of those that are otherwise from a local time on."""
+    periods = (int(each.partition('/')[2]) for each in segment.dates
                if '/' in each and each >= since)
-    moved = (each[1] + sum(each[3:]) for key, each in stretch.moved.items()
-             if key not in stretch.skips and each[0] >= since)
-    return [stretch.length + stretch.exact, *moved, *periods]
+    moved = (each[1] + sum(each[3:]) for key, each in segment.moved.items()
+             if key not in segment.skips and each[0] >= since)
+    return [segment.length + segment.exact, *moved, *periods]
 
 
-def spelled_out(table: Timetable, begin: datetime, until: datetime) -> list[Stretch]:
+def spelled_out(table: Timetable, begin: datetime, until: datetime) -> list[Segment]:
     """A series in a zone that only its calendar describes, as the list of what is in a window."""
     found = table.slots(begin.timestamp(), until.timestamp())
     if not found:
         return []
-    walls = [to_wall(instant(slot.start), UTC).isoformat() for slot in found]
-    dates = tuple(f'{wall}/{slot.end - slot.start}' for wall, slot in zip(walls, found))
-    moved = {wall: (wall, slot.end - slot.start, slot.vms) for wall, slot in zip(walls, found)
-             if slot.vms != found[0].vms}
-    return [Stretch(walls[0], found[0].end - found[0].start, 'UTC', found[0].vms, 0,
-                    dates=() if table.stretches[0].single else dates, moved=moved)]
+    local_starts = [to_local(instant(slot.start), UTC).isoformat() for slot in found]
+    dates = tuple(f'{local}/{slot.end - slot.start}' for local, slot in zip(local_starts, found))
+    moved = {local: (local, slot.end - slot.start, slot.vms)
+             for local, slot in zip(local_starts, found) if slot.vms != found[0].vms}
+    return [Segment(local_starts[0], found[0].end - found[0].start, 'UTC', found[0].vms, 0,
+                    dates=() if table.segments[0].single else dates, moved=moved)]
 
 
 def digest_of(group: list[Entry]) -> str:
@@ -10614,27 +10618,27 @@ def plain_text(text: str) -> str:
 
 
 def mark_of(entry: Entry) -> re.Match | None:
-    """Where an event says in so many words that it wants machines."""
+    """Where an event says in so many words that it wants VMs."""
     text = entry.text('DESCRIPTION')
     texts = entry.text('SUMMARY'), plain_text(text) if MAYBE_MARKED.search(text) else ''
     return next(filter(None, map(MARKED.search, texts)), None)
 
 
 def spoken(entry: Entry) -> re.Match | None:
-    """What looks like a wish in the first line of its description, or as its place."""
+    """What looks like a spec in the first line of its description, or as its place."""
     text, place = (plain_text(entry.text(name)[:MOST_HEAD]) for name in ('DESCRIPTION', 'LOCATION'))
     lines = (line.strip() for line in (text.partition('\n')[0], place) if len(line) < 500)
     return next(filter(None, map(WANT.fullmatch, lines)), None)
 
 
 def guessed(entry: Entry) -> str:
-    """The flavor in words that look like a wish; '' where it is said that there is one."""
+    """The flavor in words that look like a spec; '' where it is said that there is one."""
     said = None if mark_of(entry) else spoken(entry)
     return said[2] if said else ''
 
 
-def want_of(entry: Entry, defaults: Want) -> Want | None:
-    """What an event says that it wants; None if it wants no machines."""
+def want_of(entry: Entry, defaults: CalendarSpec) -> CalendarSpec | None:
+    """What an event says that it wants; None if it wants no VMs."""
     want = worded_want(entry, defaults)
     words = ','.join(value for _, value in entry.said.get('CATEGORIES', ()))
     if not want and not re.search(r'(?i)(^|,)\s*VM\s*(,|$)', words):
@@ -10646,7 +10650,7 @@ def want_of(entry: Entry, defaults: Want) -> Want | None:
     return (want or defaults)._replace(**said)
 
 
-def worded_want(entry: Entry, defaults: Want) -> Want | None:
+def worded_want(entry: Entry, defaults: CalendarSpec) -> CalendarSpec | None:
     """What its title, its description or its place says that it wants."""
     mark = mark_of(entry)
     words = mark[1].strip() if mark else ''
@@ -10666,7 +10670,7 @@ def days_of(entries: list[Entry], zone: ZoneInfo, begin: datetime,
     """The days of all-day events in a window, as skips of a series; why some have none."""
     days, (found, refused) = set(), occurrences_of(entries, zone, begin, until)
     for each in found:
-        first, last = to_wall(each['start'], zone), to_wall(each['end'], zone)
+        first, last = to_local(each['start'], zone), to_local(each['end'], zone)
         if first.time() == last.time() == datetime.min.time() and each['status'] != 'CANCELLED':
             days |= {(first + timedelta(days=n)).date().isoformat()
                      for n in range((last - first).days)}
@@ -10702,7 +10706,7 @@ def programmed(found, who: str, config: Config) -> dict[str, str]:
 
 
 @functools.lru_cache(20_000)
-def event_text(shown: Shown) -> str:
+def vevent_text(shown: Shown) -> str:
     """The VEVENT of an occurrence (RFC 5545, 3.6.1), in UTC, changed when that was changed."""
     start, end, changed = map(stamp_of, (shown.start, shown.end, shown.revised))
     said = {'BEGIN': 'VEVENT', 'UID': shown.uid, 'DTSTAMP': changed, 'LAST-MODIFIED': changed,
@@ -10717,7 +10721,7 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
                     others: list[tuple[int, int]]) -> str:
     """A calendar with one event to which a host invites a guest (RFC 5546, 3.2.2 and 3.2.5);
     `others` are the further windows of a series."""
-    event = event_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
+    event = vevent_text(shown._replace(revision=sequence)).removesuffix('END:VEVENT\r\n')
     spans = ','.join(f'{stamp_of(first)}/{stamp_of(last)}' for first, last in others)
     more = (f'ORGANIZER:mailto:{host}',
             f'ATTENDEE;ROLE=REQ-PARTICIPANT;PARTSTAT=NEEDS-ACTION;RSVP=FALSE:mailto:{guest}',
@@ -10760,7 +10764,7 @@ def folded(line: str) -> str:
 
 def calendar_text(name: str, shown: Iterable[Shown]) -> str:
     """A whole feed; how often it is looked at again is the subscriber's choice."""
-    return whole_calendar(''.join(map(event_text, shown)), 'METHOD:PUBLISH',
+    return whole_calendar(''.join(map(vevent_text, shown)), 'METHOD:PUBLISH',
                           f'X-WR-CALNAME:{escaped(name)}',
                           'REFRESH-INTERVAL;VALUE=DURATION:PT15M', 'X-PUBLISHED-TTL:PT15M')
 
@@ -10806,17 +10810,17 @@ class Actor(NamedTuple):
             raise Forbidden(f"This token is only for one resource, not for '{operation.words}'.")
 
 
-class Wish(namedtuple('Wish', (
+class Spec(namedtuple('Spec', (
         'label', 'user', 'project', 'resource', 'start', 'end', 'vms', *MADE_OF, 'at_end', 'notify',
-        'lead', 'description', 'personal', 'repeat', 'tz', 'on_conflict', 'stretches', 'each',
+        'lead', 'description', 'personal', 'repeat', 'tz', 'on_conflict', 'segments', 'each',
         'warnings', 'host', 'whole', 'trusted', 'invite', 'affinity', 'where'),
         defaults=('', None, [], [], '', ''))):
     """A reservation that somebody asks for, read and resolved; seconds since 1970, MiB.
 
     Args:
       resource: its row
-      stretches: of a series; none for a plain reservation
-      each: what one machine takes
+      segments: of a series; none for a plain reservation
+      each: what one VM takes
       host: all of it is reserved, by its name; `whole` is what it holds
       trusted: KIND:NAME that an admin gave it
       invite: mail addresses
@@ -10830,7 +10834,7 @@ class Wish(namedtuple('Wish', (
         return self.takes(self.vms)
 
     def takes(self, vms: int) -> Amount:
-        """What so many machines take; of a host that is reserved by name, all of it."""
+        """What so many VMs take; of a host that is reserved by name, all of it."""
         return self.whole._replace(vms=vms) if self.whole else self.each * vms
 
     @property
@@ -10847,31 +10851,32 @@ class Wish(namedtuple('Wish', (
                 for name in names for value in (getattr(self, name),)}
 
 
-def stored_wish(wish: Wish) -> str:
-    """A wish as JSON that `restored_wish` reads."""
-    return json.dumps(wish._asdict() | {'resource': wish.resource.id, 'warnings': [],
-                                        'stretches': [each._asdict() for each in wish.stretches]})
+def stored_spec(spec: Spec) -> str:
+    """A spec as JSON that `restored_spec` reads."""
+    return json.dumps(spec._asdict() | {'resource': spec.resource.id, 'warnings': [],
+                                        'segments': [each._asdict() for each in spec.segments]})
 
 
-def restored_wish(text: str) -> Wish:
-    """The wish that was stored; its resource is as it is now."""
+def restored_spec(text: str) -> Spec:
+    """The spec that was stored; its resource is as it is now."""
     values = json.loads(text)
     for name in ('each', 'whole'):
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
-    stretches = [Stretch(**each) for each in values['stretches']]
+    # until version 28 the segments had another name
+    segments = [Segment(**each) for each in values.pop('stretches', None) or values['segments']]
     values['resource'] = resource_of(values['resource'], removed=True)
-    return Wish(**made_as(values) | values | {'stretches': stretches})
+    return Spec(**made_as(values) | values | {'segments': segments})
 
 
-def with_vms(wish: Wish, vms: int) -> Wish:
-    """A wish for another number of VMs, in each stretch of a series."""
-    stretches = [stretch._replace(vms=vms) for stretch in wish.stretches]
-    return wish._replace(vms=vms, stretches=stretches)
+def with_vms(spec: Spec, vms: int) -> Spec:
+    """A spec for another number of VMs, in each segment of a series."""
+    segments = [segment._replace(vms=vms) for segment in spec.segments]
+    return spec._replace(vms=vms, segments=segments)
 
 
 class Lack(NamedTuple):
-    """The figure of a resource of which a wish finds too little in its window."""
+    """The figure of a resource of which a spec finds too little in its window."""
     figure: str
     need: int
     limit: int     # as always
@@ -10906,9 +10911,9 @@ def by_line(lines: Iterable[dict]) -> list[dict]:
 
 
 class Request(NamedTuple):
-    """What is asked under one label: parts, each the wishes of which the first that fits does."""
+    """What is asked under one label: parts, each the specs of which the first that fits does."""
     label: str
-    parts: list[list[Wish]]
+    parts: list[list[Spec]]
     wait: bool
     priority: int
     confirm: int  # seconds
@@ -10919,7 +10924,7 @@ class Request(NamedTuple):
         return self.label if len(self.parts) > 1 else ''
 
     @property
-    def last(self) -> Wish:
+    def last(self) -> Spec:
         return self.parts[-1][-1]
 
 
@@ -10967,25 +10972,26 @@ def changed_together(service: Service, method: Callable, given: list[dict]) -> l
         service.bookings.proposes_all = False
 
 
-#: Whom Nova's scheduler lets boot on a resource: who has reserved, or others as well while it is
+#: Whom Nova's scheduler lets start on a resource: who has reserved, or others as well while it is
 #: free.
 MODES = ('exclusive', 'shared')
 #: The lengths of a resource that count only where Nova's scheduler asks cmres.
 ASKED_BY_NOVA = ('hold', 'no_show')
-#: What can become of machines at the end of their window.
+#: What can become of VMs at the end of their window.
 ENDS = ('delete', 'stop', 'shelve', 'snapshot')
 #: What was announced of an occurrence: a bit each.
-SOON, READY, ENDING, FOREIGN, UNUSED, SHORT, LEFT, FAILED, AHEAD = 1, 2, 4, 8, 16, 32, 64, 128, 256
-#: The fields of a reservation that a machine is made of; they are fixed once it has begun.
+SOON, READY, ENDING, USER_STARTED, UNUSED, SHORT, LEFT, FAILED, AHEAD = (
+    1, 2, 4, 8, 16, 32, 64, 128, 256)
+#: The fields of a reservation that a VM is made of; they are fixed once it has begun.
 FIXED = (*MADE_OF, 'resource', 'start', 'lead', 'host', 'affinity', 'where')
-#: What a wish has as it is asked for.
+#: What a spec has as it is asked for.
 SAME = ('label', 'vms', 'description', 'repeat', 'on_conflict')
 #: What a project keeps only so much of.
 LONG_TEXTS = ('user_data', 'description', 'metadata')
 #: What one occurrence of a series may have otherwise than the others.
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
-#: What of a wish is kept in columns of its reservation.
-STORED = tuple(name for name in Wish._fields
+#: What of a spec is kept in columns of its reservation.
+STORED = tuple(name for name in Spec._fields
                if name not in (*OWN, 'stretches', 'each', 'warnings', 'whole'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
@@ -10998,8 +11004,8 @@ JSON = frozenset((*(name for name, each in MADE_OF.items() if each.kind in (Name
                   'notify', 'invite', 'addresses', 'hosts', 'classes', 'named', 'trusted'))
 UNCHANGED = (*STORED, 'resource_id', 'start', 'end', 'held_from', 'held_until', *Amount._fields,
              'over')
-OVER = ('ended', 'cancelled', 'failed')
-PLACE = ('cell', 'cloud', 'region', 'aggregate')
+FINISHED = ('ended', 'cancelled', 'failed')
+LOCATION = ('cell', 'cloud', 'region', 'aggregate')
 HIDDEN = frozenset("""
   now resource_id held_from held_until placed over due reservation user_data existing ever runs told
   slot altered revision revised on_conflict booked_until subscription repeats series waiting confirm
@@ -11016,7 +11022,7 @@ NEXT_OF_ITS = """NOT EXISTS (SELECT 1 FROM occurrence c
 NEXT_OF = """SELECT id FROM occurrence WHERE reservation_id = {}
                ORDER BY cancelled IS NOT NULL OR "end" <= ?1,
                iif(cancelled IS NULL AND "end" > ?1, start, -start), id LIMIT 1"""
-NOT_OVER = 'o.cancelled IS NULL AND o."end" > ?1'
+UNFINISHED = 'o.cancelled IS NULL AND o."end" > ?1'
 #: What is live, and what is over for good.
 BOTH = [(half, f'o.{rows}') for half, rows in HALVES.items()]
 #: What has begun and is not over for good.
@@ -11069,8 +11075,8 @@ def public(found) -> dict:
         shown[name] = read_json(shown[name])
     if 'personal' in shown:
         shown['personal'] = bool(shown['personal'])
-    if shown.get('repeat') and (stretches := read_stretches(found.series)):
-        shown['repeat'] = rule_from(stretches, found.slot)
+    if shown.get('repeat') and (segments := read_segments(found.series)):
+        shown['repeat'] = rule_from(segments, found.slot)
     if change := shown.pop('change', ''):
         shown['change'] = from_plain(json.loads(change))  # what of it awaits approval
     return shown
@@ -11142,14 +11148,14 @@ def in_tracks(amount: Amount) -> dict:
     return dict(zip(FIGURES, amount)) | dict(amount.classes)
 
 
-def in_figures(amount: Amount) -> dict:
+def by_class(amount: Amount) -> dict:
     """An amount with the names of its figures, as far as people know them."""
     return {name: each for name, each in in_tracks(amount).items() if name not in (OTHERS, CLOSED)}
 
 
 def amount_in_words(amount: Amount) -> str:
     """An amount for people: 4 vCPUs, 512 MiB of RAM."""
-    return ', '.join(quantity(name, each) for name, each in in_figures(amount).items() if each)
+    return ', '.join(quantity(name, each) for name, each in by_class(amount).items() if each)
 
 
 def known_classes(before: str, given: dict | None) -> str:
@@ -11183,7 +11189,7 @@ def spread(name: str, lateness: list[float]) -> dict:
             if ordered else None for word, share in (('median', 0.5), ('95', 0.95), ('worst', 1))}
 
 
-class Held(Error):
+class ConfirmationNeeded(Error):
     """A calendar asks for so much less than before that its owner must say that it is meant."""
 
 
@@ -11250,7 +11256,7 @@ class Service:
 
     Args:
       clock: seconds since 1970; the one place where time comes from
-      wake: called after every change, so that the life cycle looks at once
+      wake: called after every change, so that the scheduler looks at once
       progress: passes rows through, and may show how many
       shares: what requests may take long at the same time
     """
@@ -11269,7 +11275,7 @@ class Service:
         self.answered: Callable[[Any], None] = lambda answer: None
         self.reason = ''  # why somebody changes what may be others'
         self.undo_for = 0.0  # seconds for which what a change gives back stays held for its Undo
-        # The seconds since the life cycle of this process has made a pass; None: it has none.
+        # The seconds since the scheduler of this process has made a pass; None: it has none.
         self.age: Callable[[], float] | None = None
 
     def acting(self, actor: Actor) -> Service:
@@ -11280,13 +11286,13 @@ class Service:
         return other
 
     @property
-    def here(self) -> Here:
+    def here(self) -> TimeContext:
         """The zone of bare times, and the instant that it is."""
-        return Here(self.config.zone, instant(int(self.clock())))
+        return TimeContext(self.config.zone, instant(int(self.clock())))
 
     @contextmanager
     def writing(self, dry_run: bool = False, on: frozenset | None = None) -> Iterator[float]:
-        """A transaction that yields its instant, and wakes the life cycle after it."""
+        """A transaction that yields its instant, and wakes the scheduler after it."""
         with rehearsing() if dry_run else transaction(on=on):
             self.fence()
             self.wanted()
@@ -11324,10 +11330,11 @@ class Service:
                 deed(now)  # where it is not refused, somebody has given something back meanwhile
         raise NoCapacity(A_MOMENT_AGO)
 
-    def journal(self, now: float, code: str, sentence: str, reservation: int | None = None,
-                notify: Iterable[str] = (), occurrence: int | None = None) -> None:
+    def log_event(self, now: float, code: str, sentence: str, reservation: int | None = None,
+                  notify: Iterable[str] = (), occurrence: int | None = None) -> None:
         """Appends an event in the name of the actor; inside the transaction of what it tells."""
-        journal(self.config, now, self.actor.user, code, sentence, reservation, notify, occurrence)
+        log_event(self.config, now, self.actor.user, code, sentence, reservation, notify,
+                  occurrence)
 
     def because(self, sentence: str) -> str:
         """A sentence with the reason that was given for the change, if there is one."""
@@ -11336,12 +11343,13 @@ class Service:
     def ask_admins(self, now: float, sentence: str, reservation: int,
                    notify: Iterable[str]) -> None:
         """Appends that an admin must answer, which admins hear of as well."""
-        self.journal(now, 'pending', sentence, reservation, dict.fromkeys([*notify, *self.admins]))
+        targets = dict.fromkeys([*notify, *self.admins])
+        self.log_event(now, 'pending', sentence, reservation, targets)
 
     def tell(self, now: float, code: str, sentence: str, found,
              occurrence: int | None = None, admins: bool = False) -> None:
         """Appends an event about a row that tells its reservation and whom to notify."""
-        self.journal(now, code, sentence, found.reservation, dict.fromkeys(
+        self.log_event(now, code, sentence, found.reservation, dict.fromkeys(
             [*json.loads(found.notify), *(self.admins if admins else ())]), occurrence)
 
     @property
@@ -11369,13 +11377,13 @@ class Service:
         nominal = timedelta(seconds=getattr(length, 'nominal', 0))
         if not nominal:
             return start + length
-        return from_wall(typed_wall(start, zone) + nominal, zone) + (length - nominal)
+        return from_local(typed_local(start, zone) + nominal, zone) + (length - nominal)
 
     def span_of(self, asked: Day, zone: ZoneInfo) -> tuple[int, int, str]:
         """The seconds that an instant or a date stands for, and how a sentence calls it."""
         if type(asked) is date:
             first = at_midnight(asked)
-            begin, until = (int(from_wall(each, zone).timestamp())
+            begin, until = (int(from_local(each, zone).timestamp())
                             for each in (first, first + timedelta(days=1)))
             return begin, until, format_day(asked)
         asked = self.here.now + asked if isinstance(asked, timedelta) else asked
@@ -11568,9 +11576,9 @@ class Lookup:
         begin, until, text = self.service.span_of(asked, zone)
         there = self.search([('r.id = ?', found.reservation), ('o.start >= ?', begin),
                              ('o.start < ?', until),
-                             *([(NOT_OVER, None)] if live else [])], limit=1)
+                             *([(UNFINISHED, None)] if live else [])], limit=1)
         if not there:
-            near = self.search([('r.id = ?', found.reservation), (NOT_OVER, None)])
+            near = self.search([('r.id = ?', found.reservation), (UNFINISHED, None)])
             nearest = [self.service.config.told_time(each.start, found.tz) for each in sorted(
                 near, key=lambda each: abs(each.start - begin))[:1]]
             raise NotFound(f"'{found.label}' has no "
@@ -11582,16 +11590,16 @@ class Lookup:
         """The occurrences of a reservation that are not over, from a slot on."""
         if not found.repeats and found.cancelled is None and found.end > self.service.clock():
             return [found]
-        return self.search([('r.id = ?', found.reservation), (NOT_OVER, None),
+        return self.search([('r.id = ?', found.reservation), (UNFINISHED, None),
                             ('o.slot >= ?', since)])
 
-    def stretches(self, reservation: int) -> list[Stretch]:
-        """The stretches of a series; none of a plain reservation."""
-        return read_stretches(row('SELECT series FROM reservation WHERE id = ?',
-                                  reservation).series)
+    def segments(self, reservation: int) -> list[Segment]:
+        """The segments of a series; none of a plain reservation."""
+        return read_segments(row('SELECT series FROM reservation WHERE id = ?',
+                                 reservation).series)
 
     def begun(self, found) -> bool:
-        """Whether an occurrence has begun: with machines, from its lead on."""
+        """Whether an occurrence has begun: with VMs, from its lead on."""
         return self.service.clock() >= (found.held_from if found.runs else found.start)
 
     def refuse_unknown_filters(self, asked: dict) -> None:
@@ -11632,13 +11640,13 @@ class Lookup:
 
     def places(self, *place: str) -> list:
         """Resources by cell, cloud, region and aggregate, as far as these are given."""
-        where = self.at_place(dict(zip(PLACE, place)))
+        where = self.at_place(dict(zip(LOCATION, place)))
         return rows(f'SELECT * FROM resource WHERE removed IS NULL{all_of(where)} ORDER BY name',
                     *given(where))
 
     def at_place(self, asked: dict) -> list:
         """The conditions on the resources that are asked for, and may be asked for."""
-        conditions = [*((f'"{column}" = ?', asked.get(column) or None) for column in PLACE),
+        conditions = [*((f'"{column}" = ?', asked.get(column) or None) for column in LOCATION),
                       ('name = ?', asked.get('resource') or None),
                       ('id = ?', self.service.actor.resource)]
         return [each for each in conditions if each[1] is not None]
@@ -11648,30 +11656,30 @@ class Lookup:
         found = self.resources_at(asked)
         if len(found) > 1:
             names = ', '.join(each.name for each in found[:20])
-            raise Conflict(f'{len(found)} resources are in {self.place_of(asked)}. Choose one of '
-                           f'{names}.')
+            raise Conflict(f'{len(found)} resources are in {self.location_text(asked)}. Choose one '
+                           f'of {names}.')
         return found[0]
 
     def resources_at(self, asked: dict) -> list:
         """The resource that is named, or all at the place that is asked for, by name."""
-        place = [asked.get(column, '') for column in PLACE]
+        place = [asked.get(column, '') for column in LOCATION]
         if asked['resource'] != ANY:
             found = self.resource_row(asked['resource'])
             if any(place) and found.id not in [each.id for each in self.places(*place)]:
-                raise NotFound(f"Resource '{found.name}' is not in {self.place_of(asked)}. Remove "
-                               'the location, or choose another resource.')
+                raise NotFound(f"Resource '{found.name}' is not in {self.location_text(asked)}. "
+                               'Remove the location, or choose another resource.')
             return [found]
         classes = {*(asked.get('classes') or ())}  # of a resource that doesn't name them, who knows
         found = [each for each in self.places(*place)
                  if classes <= json.loads(each.classes or '{}').keys()]
         if not found:
             what = f" with {', '.join(sorted(classes))}" if classes else ''
-            raise NotFound(f'There is no resource{what} in {self.place_of(asked)}.')
+            raise NotFound(f'There is no resource{what} in {self.location_text(asked)}.')
         return found
 
-    def place_of(self, asked: dict) -> str:
+    def location_text(self, asked: dict) -> str:
         """The place that was asked for, in words."""
-        return (', '.join(f'{column} {asked[column]}' for column in PLACE if asked.get(column))
+        return (', '.join(f'{column} {asked[column]}' for column in LOCATION if asked.get(column))
                 or 'any location')
 
     def servers_of(self, occurrence: int) -> Rows:
@@ -11684,12 +11692,12 @@ class Lookup:
             "FROM server WHERE occurrence_id = ? ORDER BY n, state <> 'deleted', tries, id",
             occurrence)]
 
-    def together(self, found) -> list:
+    def parts_with(self, found) -> list:
         """A reservation and, if it is a part of a request, the other parts that are not over."""
         if not found.request:
             return [found]
         return self.search([('r.request = ?', found.request), ('r.project = ?', found.project),
-                            (NOT_OVER, None), (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
+                            (UNFINISHED, None), (NEXT_OF_ITS, None)], tail='ORDER BY reservation')
 
     def filtered(self, asked: dict) -> tuple[dict, list]:
         """The filters by whose and where: as `ways` takes them, and as conditions on o."""
@@ -11721,7 +11729,7 @@ class Lookup:
                          ORDER BY v.id""", *given(where))
 
 
-# Wishes ######################################################################
+# Specs #######################################################################
 #
 # What somebody asks for, read and resolved, with what the cloud knows of it; why it doesn't fit.
 
@@ -11732,26 +11740,26 @@ def network_behind(place) -> tuple[str, str, str]:
     return tuple(there)
 
 
-def planned_wall(stretch: Stretch, old) -> datetime:
-    """For when, by the clocks of its stretch, an occurrence was planned."""
-    slot = datetime.fromisoformat(old.slot or stretch.start)
-    return slot + timedelta(seconds=stretch.shift)
+def planned_wall(segment: Segment, old) -> datetime:
+    """For when, by the clocks of its segment, an occurrence was planned."""
+    slot = datetime.fromisoformat(old.slot or segment.start)
+    return slot + timedelta(seconds=segment.shift)
 
 
-class Wishes:
+class SpecReader:
     """Reads what is asked: resources, clouds, repetitions."""
 
     def __init__(self, service: Service, look: Lookup):
         self.service, self.look = service, look
 
-    def read_wish(self, asked: dict, old=None, changes: Iterable[str] = (*STORED, *REPEATING),
-                  stretches: list[Stretch] = (), key: str = '', place=None) -> Wish:
+    def read_spec(self, asked: dict, old=None, changes: Iterable[str] = (*STORED, *REPEATING),
+                  segments: list[Segment] = (), key: str = '', place=None) -> Spec:
         """Resolves what is asked, checks it and asks the cloud about it; outside any transaction.
 
         Args:
           old: the row of the reservation that this would change
           changes: the fields that are new in it
-          stretches: those of its series, where that is what changes
+          segments: those of its series, where that is what changes
           key: the slot from which on they change
           place: the row of its resource, where that is known
         """
@@ -11759,7 +11767,7 @@ class Wishes:
         start, end = self.resolve_window(asked, old, lead)
         user, project = self.owner_of(asked, old)
         place, warnings, changes = place or self.look.resource_at(asked), [], set(changes)
-        self.refuse_unbootable(asked, place)
+        self.refuse_unstartable(asked, place)
         if not old:  # what is nearly known may be mistyped
             warnings += [each for kind in WHO if 'Did you mean' in (each := self.look.unknown(
                 asked, kind))]
@@ -11769,22 +11777,22 @@ class Wishes:
         whose = {'user': user, 'project': project}
         each, made_of = self.made_of(asked | whose, old, place, changes, warnings)
         same = {name: asked[name] for name in SAME} | made_as(asked) | made_of
-        wish = Wish(
+        spec = Spec(
             **same, user=user, project=project, resource=place, start=start, end=end, lead=lead,
             at_end=self.end_on(place, asked, bool(made_of['server']), changes, warnings),
             notify=[*asked['notify']], personal=bool(asked['personal']), tz=old.tz if old else '',
             affinity=asked.get('affinity') or '', where=asked.get('where') or '',
-            stretches=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())])
-        if stretches and 'repeat' not in changes:
-            stretches = self.moved_stretches(wish, asked, old, stretches, key, changes)
-            stretches = self.ended_stretches(stretches, asked, changes, warnings)
-            return wish._replace(stretches=stretches, repeat=stretches[-1].rule)
+            segments=[], each=each, warnings=warnings, invite=[*(asked.get('invite') or ())])
+        if segments and 'repeat' not in changes:
+            segments = self.moved_segments(spec, asked, old, segments, key, changes)
+            segments = self.ended_segments(segments, asked, changes, warnings)
+            return spec._replace(segments=segments, repeat=segments[-1].rule)
         if any(asked.get(name) for name in REPEATING & changes):
-            return self.repeating(wish, asked, old, stretches, key, changes)
-        return wish
+            return self.repeating(spec, asked, old, segments, key, changes)
+        return spec
 
     def made_of(self, asked: dict, old, place, changes: set, warnings: list) -> tuple[Amount, dict]:
-        """What one machine takes; which server it is, which host is reserved, whom one trusts."""
+        """What one VM takes; which server it is, which host is reserved, whom one trusts."""
         asks = {'resource', 'host', *CLOUDY} | ({'vms'} if asked.get('host') else set())
         if old and not asks & changes:
             each, server = Amount(1) if old.host else amount_of(old) // old.vms, old.server
@@ -11793,7 +11801,7 @@ class Wishes:
             kept = asked['trusted'] if old and old.cloud == place.cloud else []
             found = self.ask_cloud(place, asked | {'trusted': kept}, warnings)
             by_hand = tuple(sorted((asked.get('classes') or {}).items()))
-            each = (asked.get('each') or self.each_takes(found, place)) + Amount(classes=by_hand)
+            each = (asked.get('each') or self.amount_per_vm(found, place)) + Amount(classes=by_hand)
             warnings += [] if old else self.unheld_classes(place, each)
             server = found['server'].id if 'server' in found else ''
             trusted = self.trusted(asked | {'server': server}, kept, changes if old
@@ -11867,8 +11875,8 @@ class Wishes:
                 raise Invalid(f"{name}: cmres cannot send mails to '{each}': no mail server is "
                               'set. An admin can set one (setting mail_server).')
 
-    def refuse_unbootable(self, asked: dict, place) -> None:
-        """Refuses combinations that could never boot, end or be told of."""
+    def refuse_unstartable(self, asked: dict, place) -> None:
+        """Refuses combinations that could never start, end or be told of."""
         boots, has = asked['image'], asked['server']
         if boots and has:
             raise Invalid('Choose an image (for a new VM) or an existing server, not both.')
@@ -11950,8 +11958,8 @@ class Wishes:
         return [f"'{place.name}' also has {' and '.join(names)}. This reservation has 0 of "
                 'them.'] if names else []
 
-    def each_takes(self, found: dict, place) -> Amount:
-        """What one machine takes, of what the cloud told."""
+    def amount_per_vm(self, found: dict, place) -> Amount:
+        """What one VM takes, of what the cloud told."""
         sized = found.get('flavor') or found.get('server')
         return takes_of(sized.flavor, place) if sized and sized.flavor else Amount(1)
 
@@ -11976,102 +11984,102 @@ class Wishes:
                           f"{', '.join(f'{most} {figure}' for figure, most in holds.items())}")
         return name, whole + Amount(classes=((HOST + name, 1),))  # the host itself is there once
 
-    def unaltered(self, old) -> dict:
+    def original_arguments(self, old) -> dict:
         """What `add` would have to be asked to get the same reservation."""
         kept = {name: getattr(old, name) for name in (*STORED, 'resource', 'vms')}
         return kept | {name: json.loads(kept[name]) for name in kept if name in JSON} | {
                        'lead': timedelta(seconds=old.lead), 'start': instant(old.start)}
 
-    def carried_on(self, old) -> Wish:
+    def carried_on(self, old) -> Spec:
         """What was wished of a series, as the store has it; nobody is there to be refused."""
         clash = old.on_conflict if old.on_conflict.startswith('shift') else 'skip'
-        values = self.unaltered(old)
+        values = self.original_arguments(old)
         kept = {name: values[name] for name in STORED} | {'lead': old.lead}
-        return Wish(resource=None, start=old.start, end=old.end, vms=old.vms,
-                    stretches=self.look.stretches(old.reservation) if old.repeats else [],
+        return Spec(resource=None, start=old.start, end=old.end, vms=old.vms,
+                    segments=self.look.segments(old.reservation) if old.repeats else [],
                     each=amount_of(old) // old.vms, warnings=[],
                     whole=amount_of(old) if old.host else None, **kept | {'on_conflict': clash})
 
-    def repeating(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
-                  changes: set) -> Wish:
-        """A wish with the series that it asks for, which begins with the first slot of its rule."""
-        zone = read_zone(asked.get('tz') or wish.tz or self.service.config.timezone)
-        wish = wish._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash,
+    def repeating(self, spec: Spec, asked: dict, old, segments: list[Segment], key: str,
+                  changes: set) -> Spec:
+        """A spec with the series that it asks for, which begins with the first slot of its rule."""
+        zone = read_zone(asked.get('tz') or spec.tz or self.service.config.timezone)
+        spec = spec._replace(on_conflict=read_argument('on_conflict', asked['on_conflict'], Clash,
                                                        self.service.here))
         if not asked['repeat']:
             field = min(name for name in REPEATING if asked.get(name)).replace('_', ' ')
             raise Invalid(f'{field.capitalize()} works only for a series. Choose how it repeats.',
                           hint='--repeat')
         rule = local_rule(self.ended_rule(asked, zone), zone)
-        before = self.stretch_of(old, stretches) if stretches else None
-        first = begins = self.typed_start(wish, asked, zone)
+        before = self.segment_of(old, segments) if segments else None
+        first = begins = self.typed_start(spec, asked, zone)
         if before and 'start' not in changes:
             first = planned_wall(before, old)
-        ends = asked.get('end', instant(wish.end))
-        length, exact = typed_length(ends, instant(wish.start), begins, zone)
+        ends = asked.get('end', instant(spec.end))
+        length, exact = typed_length(ends, instant(spec.start), begins, zone)
         if before and 'end' not in changes:
             length, exact = before.length, before.exact
-        stretch = Stretch(first.isoformat(), length, zone.key, wish.vms, wish.resource.id, rule,
+        segment = Segment(first.isoformat(), length, zone.key, spec.vms, spec.resource.id, rule,
                           exact=exact)
-        days_off = self.days_off(asked, [stretch], zone, wish.start, wish.warnings)
-        stretch = stretch._replace(skips=days_off)
-        wish.warnings.extend(lost_end(stretches, rule))
-        slot = next(slots(stretch, self.service.clock(), LAST.timestamp()), None)
+        days_off = self.days_off(asked, [segment], zone, spec.start, spec.warnings)
+        segment = segment._replace(skips=days_off)
+        spec.warnings.extend(lost_end(segments, rule))
+        slot = next(slots(segment, self.service.clock(), LAST.timestamp()), None)
         if not slot:
-            begin = self.service.config.told_time(from_wall(first, zone).timestamp(), zone.key)
+            begin = self.service.config.told_time(from_local(first, zone).timestamp(), zone.key)
             raise Invalid(f'The repetition has no occurrence after {begin}.')
-        stretches = [*stretches_before(stretches, key), stretch]
-        return wish._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key,
-                             stretches=stretches)
+        segments = [*segments_before(segments, key), segment]
+        return spec._replace(start=slot.start, end=slot.end, repeat=rule, tz=zone.key,
+                             segments=segments)
 
-    def moved_stretches(self, wish: Wish, asked: dict, old, stretches: list[Stretch], key: str,
-                        changes: set) -> list[Stretch]:
+    def moved_segments(self, spec: Spec, asked: dict, old, segments: list[Segment], key: str,
+                       changes: set) -> list[Segment]:
         """A series whose occurrences from one on are where a certain one is wished to be."""
         if not OWN & changes:
-            return stretches
-        stretch = self.stretch_of(old, stretches)
-        zone, planned = read_zone(stretch.zone), planned_wall(stretch, old)
-        start = self.typed_start(wish, asked, zone)
+            return segments
+        segment = self.segment_of(old, segments)
+        zone, planned = read_zone(segment.zone), planned_wall(segment, old)
+        start = self.typed_start(spec, asked, zone)
         # where a gap has put it, by what was planned
         first = start if 'start' in changes or old.altered else planned
-        ends = asked['end'] if 'end' in changes else instant(wish.end)
-        length, exact = typed_length(ends, instant(wish.start), first, zone)
+        ends = asked['end'] if 'end' in changes else instant(spec.end)
+        length, exact = typed_length(ends, instant(spec.start), first, zone)
         new = {'length': length, 'exact': exact} if 'end' in changes else {}
-        new |= {'vms': wish.vms} if 'vms' in changes else {}
-        new |= {'resource': wish.resource.id} if 'resource' in changes else {}
+        new |= {'vms': spec.vms} if 'vms' in changes else {}
+        new |= {'resource': spec.resource.id} if 'resource' in changes else {}
         shift = int((start - planned).total_seconds()) if 'start' in changes else 0
-        return cut_stretches(stretches, key, shift=shift, **new)
+        return cut_segments(segments, key, shift=shift, **new)
 
-    def typed_start(self, wish: Wish, asked: dict, zone: ZoneInfo) -> datetime:
-        """When a wish begins by the clocks of a zone, as it was typed."""
+    def typed_start(self, spec: Spec, asked: dict, zone: ZoneInfo) -> datetime:
+        """When a spec begins by the clocks of a zone, as it was typed."""
         start = asked['start']
-        return typed_wall(start if isinstance(start, datetime) else instant(wish.start), zone)
+        return typed_local(start if isinstance(start, datetime) else instant(spec.start), zone)
 
-    def stretch_of(self, old, stretches: list[Stretch]) -> Stretch:
-        """The stretch that an occurrence belongs to."""
-        return next(each for each in reversed(stretches) if each.since <= old.slot)
+    def segment_of(self, old, segments: list[Segment]) -> Segment:
+        """The segment that an occurrence belongs to."""
+        return next(each for each in reversed(segments) if each.since <= old.slot)
 
-    def ended_stretches(self, stretches: list[Stretch], asked: dict, changes: set,
-                        warnings: list) -> list[Stretch]:
+    def ended_segments(self, segments: list[Segment], asked: dict, changes: set,
+                       warnings: list) -> list[Segment]:
         """A series with further days left out, or with another end."""
         if not REPEATING & changes:
-            return stretches
-        zone = read_zone(stretches[-1].zone)
+            return segments
+        zone = read_zone(segments[-1].zone)
         now = int(self.service.clock())
-        skips = self.days_off(asked, stretches, zone, now, warnings)
+        skips = self.days_off(asked, segments, zone, now, warnings)
         ends = {'until', 'count'} & changes
 
-        def ended(stretch: Stretch) -> Stretch:
-            rule = stretch.rule
+        def ended(segment: Segment) -> Segment:
+            rule = segment.rule
             if rule and ends:
                 asked_rule = self.ended_rule(asked | {'repeat': endless(rule)}, zone)
-                rule = ending_later(local_rule(asked_rule, zone), -stretch.shift)
-            more = [slot for skip in skips for slot in skipped_slots(stretch, skip)
-                    ] if stretch.shift else skips
-            return stretch._replace(skips=(*stretch.skips, *more), rule=rule)
-        found = [*map(ended, stretches)]
+                rule = ending_later(local_rule(asked_rule, zone), -segment.shift)
+            more = [slot for skip in skips for slot in skipped_slots(segment, skip)
+                    ] if segment.shift else skips
+            return segment._replace(skips=(*segment.skips, *more), rule=rule)
+        found = [*map(ended, segments)]
         left = any(any(slots(each, now, LAST.timestamp())) for each in found)
-        if goes_on(stretches, now) and not left:
+        if goes_on(segments, now) and not left:
             raise Invalid('No occurrence of this series would be left. Choose other dates, or '
                           'cancel the series.')
         return found
@@ -12087,27 +12095,27 @@ class Wishes:
         if until is not None:
             until = self.service.here.now + until if isinstance(until, timedelta) else until
             last = (datetime.combine(until, datetime.max.time()) if type(until) is date
-                    else to_wall(until, zone))
+                    else to_local(until, zone))
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
         return f'{rule};COUNT={count}' if count else rule
 
-    def days_off(self, asked: dict, stretches: list[Stretch], zone: ZoneInfo, start: int,
+    def days_off(self, asked: dict, segments: list[Segment], zone: ZoneInfo, start: int,
                  warnings: list) -> tuple[str, ...]:
-        """Days, or wall times, without an occurrence: those that are named, and holidays."""
+        """Days, or local times, without an occurrence: those that are named, and holidays."""
         skips = self.read_skips(asked, zone, start)
-        warnings += unmet_skips(stretches, skips)
+        warnings += unmet_skips(segments, skips)
         source = asked.get('holidays')
         return *skips, *(self.holidays(source, zone, instant(start), warnings) if source else ())
 
     def read_skips(self, asked: dict, zone: ZoneInfo, start: float) -> list[str]:
-        """The days, or wall times, that are named as those without an occurrence."""
+        """The days, or local times, that are named as those without an occurrence."""
         skips = []
         for text in asked.get('skip_dates') or ():
-            found = read_argument('skip_dates', text, Day, Here(zone, instant(start)))
+            found = read_argument('skip_dates', text, Day, TimeContext(zone, instant(start)))
             if isinstance(found, timedelta):
                 raise Invalid(f"skip_dates: '{text}' is not a date. Write 2026-12-24 or 24 dec.")
             skips.append(found.isoformat() if type(found) is date
-                         else typed_wall(found, zone).isoformat())
+                         else typed_local(found, zone).isoformat())
         return skips
 
     def holidays(self, source: str, zone: ZoneInfo, start: datetime, warnings: list) -> list[str]:
@@ -12128,20 +12136,20 @@ class Wishes:
             status, _, body = self.service.shares.ask(f'the host {host_of(source)}',
                                                       lambda: fetch(self.service.config, source,
                                                                     {}))
-        except (Undelivered, CloudError) as error:
+        except (DeliveryFailed, CloudError) as error:
             raise Unavailable(f'cmres could not read the calendar: {error}') from None
         if status != 200:
             raise Unavailable(f'cmres could not read the calendar: the answer was {status}.')
         return body.decode('utf8', 'surrogateescape')
 
-    def as_now(self, wish: Wish) -> Wish:
-        """A wish with the row of its resource as it is in this transaction."""
-        before = wish.resource
+    def as_now(self, spec: Spec) -> Spec:
+        """A spec with the row of its resource as it is in this transaction."""
+        before = spec.resource
         place = resource_of(before.id)
-        if not place or place.cloud != before.cloud or wish.host and place.named != before.named:
+        if not place or place.cloud != before.cloud or spec.host and place.named != before.named:
             raise Conflict(f"Somebody changed or removed the resource '{before.name}' at the same "
                            'moment. Try again.')
-        return wish._replace(resource=place)
+        return spec._replace(resource=place)
 
 
 class Reasons:
@@ -12150,22 +12158,22 @@ class Reasons:
     def __init__(self, service: Service):
         self.service = service
 
-    def to_come(self, wish: Wish) -> tuple[int, int]:
-        """The window that a wish holds, as far as it is not past."""
-        return max(wish.held[0], int(self.service.clock())), wish.held[1]
+    def to_come(self, spec: Spec) -> tuple[int, int]:
+        """The window that a spec holds, as far as it is not past."""
+        return max(spec.held[0], int(self.service.clock())), spec.held[1]
 
-    def limits_of(self, wish: Wish) -> tuple[dict, Counter]:
-        """What there is in all of each figure that a wish takes, as far as that has a limit; and
+    def limits_of(self, spec: Spec) -> tuple[dict, Counter]:
+        """What there is in all of each figure that a spec takes, as far as that has a limit; and
         how much of it is held at most in its window, of CLOSED as well."""
-        amount, most = wish.amount, capacity(wish.resource)
-        limits = in_figures(most) | {name: most.most(name) for name in amount.names}
-        held = peak(wish.resource.id, *self.to_come(wish), amount.names)
-        return ({name: limits[name] for name in in_figures(amount) if limits[name] is not None},
+        amount, most = spec.amount, capacity(spec.resource)
+        limits = by_class(most) | {name: most.most(name) for name in amount.names}
+        held = peak(spec.resource.id, *self.to_come(spec), amount.names)
+        return ({name: limits[name] for name in by_class(amount) if limits[name] is not None},
                 Counter(in_tracks(held)))
 
-    def lack(self, wish: Wish) -> Lack | None:
-        """What a wish finds too little of in its window; None if its resource has enough."""
-        (limits, used), needs = self.limits_of(wish), in_figures(wish.amount)
+    def lack(self, spec: Spec) -> Lack | None:
+        """What a spec finds too little of in its window; None if its resource has enough."""
+        (limits, used), needs = self.limits_of(spec), by_class(spec.amount)
         lacking = {name: needs[name] for name in limits if used[name] + needs[name] > limits[name]}
         if CLOSED in used:
             lacking, limits = {CLOSED: 1}, {CLOSED: 0}
@@ -12174,28 +12182,28 @@ class Reasons:
         # First a host, then what there is never enough of.
         figure = min(lacking, key=lambda each: (not each.startswith(HOST),
                                                 lacking[each] <= limits[each]))
-        changes = self.changes_of(wish, figure)
+        changes = self.changes_of(spec, figure)
         return Lack(figure, lacking[figure], limits[figure], used[figure],
-                    [each for each, _ in changes], changed_most(changes, self.to_come(wish)[0]))
+                    [each for each, _ in changes], changed_most(changes, self.to_come(spec)[0]))
 
-    def changes_of(self, wish: Wish, figure: str) -> list[tuple]:
+    def changes_of(self, spec: Spec, figure: str) -> list[tuple]:
         """The changes of capacity in its window, each with how much of a figure it takes away."""
-        begin, until = self.to_come(wish)
+        begin, until = self.to_come(spec)
         found = rows('SELECT * FROM capacity WHERE resource_id = ? AND removed IS NULL '
-                     'AND start < ? AND "end" > ? ORDER BY start', wish.resource.id, until, begin)
+                     'AND start < ? AND "end" > ? ORDER BY start', spec.resource.id, until, begin)
         takes = ((each, in_tracks(amount_of(each, 'held_')).get(figure)) for each in found)
         return [(each, less) for each, less in takes if less]
 
-    def why_not(self, wish: Wish, lack: Lack | None) -> str:
+    def capacity_message(self, spec: Spec, lack: Lack | None) -> str:
         """The sentence that says which figure is lacking, when, and how much of it there is."""
-        name = wish.resource.name
+        name = spec.resource.name
         if not lack:  # somebody has just given something back
             return A_MOMENT_AGO
-        when = self.service.config.told_window(*wish.held, wish.tz)
+        when = self.service.config.told_window(*spec.held, spec.tz)
         if lack.changes and lack.alone:
-            return self.why_less(name, lack, when, wish.tz)
+            return self.why_less(name, lack, when, spec.tz)
         if lack.figure.startswith(HOST):
-            return (f"Host '{wish.host}' is already reserved from {when}. Choose another host or "
+            return (f"Host '{spec.host}' is already reserved from {when}. Choose another host or "
                     'time.')
         asked, limit = f'You asked for {lack.need}.', quantity(lack.figure, lack.limit)
         if lack.alone:
@@ -12204,12 +12212,12 @@ class Reasons:
         free = max(lack.limit - lack.used, 0)
         return f"'{name}' has {free} of {limit} free from {when}. {asked}"
 
-    def without_hosts(self, need: Need, wish: Wish) -> NoCapacity:
+    def without_hosts(self, need: Need, spec: Spec) -> NoCapacity:
         """The refusal of what has room by the sum, and finds no host for each of its VMs."""
-        name, number = wish.resource.name, counted(need.number, 'VM')
-        when = self.service.config.told_window(*wish.held, wish.tz)
+        name, number = spec.resource.name, counted(need.number, 'VM')
+        when = self.service.config.told_window(*spec.held, spec.tz)
         takes, most = amount_in_words(need.each._replace(vms=0)), most_on_hosts(need)
-        takes += f' and only where {wish.where}' if wish.where else ''
+        takes += f' and only where {spec.where}' if spec.where else ''
         if need.host:
             is_so = f'is already reserved from {when}' if most else f"is no longer one of '{name}'"
             return NoCapacity(f"Host '{need.host}' {is_so}. Choose another host or time.",
@@ -12249,17 +12257,17 @@ class Reasons:
         return (f"'{name}' has only {left} (normally {lack.limit}) from {changed}: {reasons}. "
                 f'You asked for {lack.need} from {when}.')
 
-    def in_the_way(self, wish: Wish, lack: Lack | None, own: int) -> dict:
+    def in_the_way(self, spec: Spec, lack: Lack | None, own: int) -> dict:
         """At most ten of what takes what is lacking; of others' only how much and when."""
         changes = [{'reason': each.reason, 'start': instant(each.start), 'end': instant(each.end)}
                    for each in (lack.changes if lack else ())]
         cause = {'cause': lack.cause if lack else 'reserved'}
         if not lack or lack.alone:  # it would not fit either if nobody had reserved anything
             return {'in_the_way': changes[:10]} | cause
-        begin, until = self.to_come(wish)
+        begin, until = self.to_come(spec)
         where, values = (f'{lack.figure} > 0', ()) if lack.figure in FIGURES else (
             'classes LIKE ?', (f'%"{lack.figure}"%',))
-        there = (f' AND o.due IS NOT NULL AND o.resource_id = {wish.resource.id} '
+        there = (f' AND o.due IS NOT NULL AND o.resource_id = {spec.resource.id} '
                  f'AND o.start < {until} + {LONGEST_LEAD}')
         near = ids_by(overlapping([('place_live', f'TRUE{there}')], begin, there))
         found = rows(f"""
@@ -12273,7 +12281,7 @@ class Reasons:
                  AND held_from < ? AND held_until > ? AND {where}) h CROSS
                    JOIN reservation r ON r.id = h.reservation_id
              WHERE r.id <> ? ORDER BY h.start DESC, r.id DESC LIMIT 10""",
-            *(wish.resource.id, until, begin, *values) * 2, own)
+            *(spec.resource.id, until, begin, *values) * 2, own)
         there = [self.seen_in_the_way(each) for each in found[::-1]]
         return {'in_the_way': changes + there} | cause
 
@@ -12285,22 +12293,22 @@ class Reasons:
         when = {'vms': found.vms, 'start': instant(found.start), 'end': end}
         return whose | when if mine else when
 
-    def fewer(self, wish: Wish, lack: Lack | None, old) -> Iterator[tuple[int, Wish]]:
+    def fewer(self, spec: Spec, lack: Lack | None, old) -> Iterator[tuple[int, Spec]]:
         """As many VMs as there is room for in that window."""
-        begin, until = self.to_come(wish)
-        if not lack and planned_by_host(wish.resource.id) and not wish.whole:
-            need = need_of(Hold(wish.resource.id, begin, until, wish.amount), wish)
-            many = min(sum(how_many(room, need) for _, room in rooms(need)), wish.vms - 1)
+        begin, until = self.to_come(spec)
+        if not lack and planned_by_host(spec.resource.id) and not spec.whole:
+            need = need_of(Hold(spec.resource.id, begin, until, spec.amount), spec)
+            many = min(sum(how_many(room, need) for _, room in rooms(need)), spec.vms - 1)
             if many > (old.vms if old else 0):
-                yield many, with_vms(wish, many)
+                yield many, with_vms(spec, many)
             return
-        limits, used = self.limits_of(wish)
+        limits, used = self.limits_of(spec)
         many = min(((limits[name] - used[name]) // need for name, need in
-                    in_figures(wish.each).items() if need and name in limits), default=0)
+                    by_class(spec.each).items() if need and name in limits), default=0)
         # Who asks for more than there ever is must ask for something else, however much is free.
-        offered = lack and not wish.whole and not (lack.alone and lack.used > lack.less)
-        if offered and (old.vms if old else 0) < many < wish.vms:
-            yield many, with_vms(wish, many)
+        offered = lack and not spec.whole and not (lack.alone and lack.used > lack.less)
+        if offered and (old.vms if old else 0) < many < spec.vms:
+            yield many, with_vms(spec, many)
 
 
 # Limits ######################################################################
@@ -12345,18 +12353,18 @@ LIMITS = '''SELECT l.*, coalesce(s.name, '') AS resource
               FROM limits l LEFT JOIN resource s ON s.id = l.resource_id'''
 
 
-def counts_for(limit, wish: Wish) -> tuple[str, str]:
-    """The project and the user that a limit of a wish counts; '' for any."""
-    return wish.project if limit.project or not limit.user else '', limit.user
+def counts_for(limit, spec: Spec) -> tuple[str, str]:
+    """The project and the user that a limit of a spec counts; '' for any."""
+    return spec.project if limit.project or not limit.user else '', limit.user
 
 
-def who_is_limited(limit, wish: Wish) -> str:
-    return f"User '{limit.user}'" if limit.user else f"Project '{wish.project}'"
+def who_is_limited(limit, spec: Spec) -> str:
+    return f"User '{limit.user}'" if limit.user else f"Project '{spec.project}'"
 
 
-def counted_by(limit, wish: Wish, conditions: tuple[str, ...], without: int = 0) -> list[tuple]:
-    """Those of some conditions by which a limit of a wish counts; `without` a reservation."""
-    project, user = counts_for(limit, wish)
+def counted_by(limit, spec: Spec, conditions: tuple[str, ...], without: int = 0) -> list[tuple]:
+    """Those of some conditions by which a limit of a spec counts; `without` a reservation."""
+    project, user = counts_for(limit, spec)
     values = user, project, limit.resource_id, without
     return [pair for pair in zip(conditions, values) if pair[1]]
 
@@ -12366,7 +12374,7 @@ OLD_FIGURES = {new: old for old, new in LIMIT_FIELDS.items()}
 
 
 class Bounded(NamedTuple):
-    """A limit, and a wish that it may refuse. Of each figure it says whether the wish is within,
+    """A limit, and a spec that it may refuse. Of each figure it says whether the spec is within,
     and what a sentence says of whom is not.
 
     Args:
@@ -12376,7 +12384,7 @@ class Bounded(NamedTuple):
       handed: it is as it was, but of somebody else
     """
     limit: Any
-    wish: Wish
+    spec: Spec
     now: int
     old: Any
     others: Others | None
@@ -12385,7 +12393,7 @@ class Bounded(NamedTuple):
     handed: bool
 
     def duration(self, most: int) -> tuple[bool, str]:
-        length = self.wish.end - self.wish.start
+        length = self.spec.end - self.spec.start
         before = self.old.end - self.old.start if self.old else 0
         return length <= max(most, before), (
             f'can reserve for at most {format_duration(most)}. You asked for '
@@ -12393,38 +12401,38 @@ class Bounded(NamedTuple):
 
     def advance(self, most: int) -> tuple[bool, str]:
         last = self.now + most
-        return self.wish.start <= last or self.stays, (
+        return self.spec.start <= last or self.stays, (
             f'can reserve at most {format_duration(most)} ahead. Choose a start before '
-            f'{self.config.told_time(last, self.wish.tz)}.')
+            f'{self.config.told_time(last, self.spec.tz)}.')
 
     def notice(self, least: int) -> tuple[bool, str]:
         nearest = self.now + least
-        return self.wish.start >= nearest or self.stays, (
+        return self.spec.start >= nearest or self.stays, (
             f'must reserve at least {format_duration(least)} before the start. '
-            f'Choose a start after {self.config.told_time(nearest, self.wish.tz)}.')
+            f'Choose a start after {self.config.told_time(nearest, self.spec.tz)}.')
 
     @property
     def stays(self) -> bool:
         """Whether it starts when it did before."""
-        return bool(self.old) and self.wish.start == self.old.start
+        return bool(self.old) and self.spec.start == self.old.start
 
     @property
     def within(self) -> bool:
         """Whether it has no more time than before, nor other."""
-        wish, old = self.wish, self.old
+        spec, old = self.spec, self.old
         if not old or self.handed or (
-                self.limit.resource_id and old.resource_id != wish.resource.id):
+                self.limit.resource_id and old.resource_id != spec.resource.id):
             return False
-        return old.start <= wish.start and wish.end <= old.end and (
-            old.start <= self.now or old.held_from <= wish.held[0])
+        return old.start <= spec.start and spec.end <= old.end and (
+            old.start <= self.now or old.held_from <= spec.held[0])
 
     def counted(self, conditions: tuple[str, ...]) -> list[tuple]:
         """What counts against it."""
-        return counted_by(self.limit, self.wish, conditions,
+        return counted_by(self.limit, self.spec, conditions,
                           self.others.reservation if self.others else 0)
 
     def vms(self, most: int) -> tuple[bool, str]:
-        (begin, until), old = self.wish.held, self.old
+        (begin, until), old = self.spec.held, self.old
         where = self.counted(OF_OCCURRENCE)
         found = run('SELECT held_from, held_until, vms FROM occurrence o WHERE o.due IS NOT NULL '
                     f'AND o.start < ? + {LONGEST_LEAD} AND held_until > held_from AND o.id <> ? '
@@ -12441,13 +12449,13 @@ class Bounded(NamedTuple):
         changes = [change for first, last, vms in found
                    for change in ((max(first, begin), 1, vms), (last, 0, -vms))]
         used = max(itertools.accumulate((vms for _, _, vms in sorted(changes)), initial=0))
-        less = self.within and self.wish.vms <= old.vms
-        return less or used + self.wish.vms <= most, (
+        less = self.within and self.spec.vms <= old.vms
+        return less or used + self.spec.vms <= most, (
             f"can use {counted(most, 'VM')} at the same time and already uses {used} then. You "
-            f'asked for {self.wish.vms}.')
+            f'asked for {self.spec.vms}.')
 
     def vcpu_hours(self, most: int) -> tuple[bool, str]:
-        wish, old = self.wish, self.old
+        spec, old = self.spec, self.old
         where = self.counted(OF_OCCURRENCE)
         seconds = self.others.vcpu_seconds[self.limit.resource_id] if self.others else 0
         seconds += run(
@@ -12461,8 +12469,8 @@ class Bounded(NamedTuple):
                     'AND proposal_id IS NOT NULL AND held_until > ?',
                     self.now, *given(where), self.now)
         used = (seconds + sum(each for each, in extra)) / 3600
-        need = wish.amount.vcpus * (wish.end - max(wish.start, self.now)) / 3600
-        less = self.within and wish.amount.vcpus <= old.vcpus
+        need = spec.amount.vcpus * (spec.end - max(spec.start, self.now)) / 3600
+        less = self.within and spec.amount.vcpus <= old.vcpus
         return less or used + need <= most, (
             f'has {max(most - used, 0):.0f} of {most} vCPU-hours left. This reservation needs '
             f'{need:.0f}.')
@@ -12470,7 +12478,7 @@ class Bounded(NamedTuple):
 
 class LimitFigure(NamedTuple):
     """A figure that a limit may have: its type as an argument, the head of its column, and what
-    says whether a wish is within; None: that is looked at when it is to wait."""
+    says whether a spec is within; None: that is looked at when it is to wait."""
     kind: Any
     head: str
     allows: Callable | None
@@ -12510,42 +12518,42 @@ class Limits:
     def __init__(self, service: Service):
         self.service = service
 
-    def limits_for(self, wish: Wish) -> list:
-        """The limits of a wish: of its user, its project, or else of every project."""
+    def limits_for(self, spec: Spec) -> list:
+        """The limits of a spec: of its user, its project, or else of every project."""
         theirs = once('SELECT * FROM limits WHERE user IN (?, ?) AND project IN (?, ?)', '',
-                      wish.user, '', wish.project) if standing().limits else ()
-        found = [each for each in theirs if each.resource_id in (None, wish.resource.id)]
+                      spec.user, '', spec.project) if standing().limits else ()
+        found = [each for each in theirs if each.resource_id in (None, spec.resource.id)]
         own = {each.resource_id for each in found if each.project and not each.user}
         return [each for each in found if each.user or each.project or each.resource_id not in own]
 
-    def ahead(self, wish: Wish) -> list[int]:
-        """How far ahead the limits of a wish let it begin, each that says so."""
-        said = [json.loads(limit.figures) for limit in self.limits_for(wish)]
+    def ahead(self, spec: Spec) -> list[int]:
+        """How far ahead the limits of a spec let it begin, each that says so."""
+        said = [json.loads(limit.figures) for limit in self.limits_for(spec)]
         return [each['max_advance'] for each in said if 'max_advance' in each]
 
-    def counted_for(self, wish: Wish) -> Iterator[tuple[int, str]]:
-        """The locks of whom the limits of a wish count."""
-        for limit in self.limits_for(wish):
-            yield On.COUNTED, '/'.join(counts_for(limit, wish))
+    def counted_for(self, spec: Spec) -> Iterator[tuple[int, str]]:
+        """The locks of whom the limits of a spec count."""
+        for limit in self.limits_for(spec):
+            yield On.COUNTED, '/'.join(counts_for(limit, spec))
 
-    def refuse_beyond(self, wish: Wish, now: float, old=None, others: Others | None = None,
+    def refuse_beyond(self, spec: Spec, now: float, old=None, others: Others | None = None,
                       own: int = 0, handed: bool = False) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it; what else
         it is given says Bounded."""
         if not standing().limits:
             return
-        decide_on(also=self.counted_for(wish))
+        decide_on(also=self.counted_for(spec))
         begun = old and old.start <= now
-        for limit in self.limits_for(wish):
+        for limit in self.limits_for(spec):
             has_counted = handed and not limit.user  # and goes on to count for the same
-            if not has_counted and (begun or not self.is_exempt(limit, wish, now)):
-                self.refuse(Bounded(limit, wish, int(now), old, others, own, self.service.config,
+            if not has_counted and (begun or not self.is_exempt(limit, spec, now)):
+                self.refuse(Bounded(limit, spec, int(now), old, others, own, self.service.config,
                                     handed))
 
-    def is_exempt(self, limit, wish: Wish, now: float) -> bool:
-        """Whether a wish begins, and is over, so soon that a limit doesn't bind it."""
-        near = limit.exempt and int(now) - PATIENCE <= wish.start < now + limit.exempt
-        return bool(near) and wish.end - wish.start <= self.service.config.exempt_longest
+    def is_exempt(self, limit, spec: Spec, now: float) -> bool:
+        """Whether a spec begins, and is over, so soon that a limit doesn't bind it."""
+        near = limit.exempt and int(now) - PATIENCE <= spec.start < now + limit.exempt
+        return bool(near) and spec.end - spec.start <= self.service.config.exempt_longest
 
     def refuse(self, bounded: Bounded) -> None:
         """Refuses what is not within the first of the figures of a limit that it is not within."""
@@ -12556,23 +12564,23 @@ class Limits:
                 continue
             is_within, passes = figure.allows(bounded, value)
             if not is_within:
-                raise Conflict(f'{who_is_limited(limit, bounded.wish)} {passes}', cause='limit',
+                raise Conflict(f'{who_is_limited(limit, bounded.spec)} {passes}', cause='limit',
                                limit=OLD_FIGURES.get(name, name), value=value, passes=passes)
 
-    def refuse_many_waiting(self, wish: Wish) -> None:
+    def refuse_many_waiting(self, spec: Spec) -> None:
         """Refuses to let a user or a project wait with more requests than a limit says."""
-        decide_on(also=self.counted_for(wish))
-        for limit in self.limits_for(wish):
+        decide_on(also=self.counted_for(spec))
+        for limit in self.limits_for(spec):
             most = json.loads(limit.figures).get('max_waiting')
             if most is None:
                 continue
-            where = counted_by(limit, wish, OF_WAITING)
+            where = counted_by(limit, spec, OF_WAITING)
             waits, = run("SELECT count(DISTINCT iif(request <> '', project || ' ' || request, "
                          'CAST(id AS TEXT))) FROM reservation r WHERE waiting IS NOT NULL '
                          f'AND over > ?{all_of(where)}',
                          int(self.service.clock()), *given(where)).fetchone()
             if waits >= most:
-                raise Conflict(f"{who_is_limited(limit, wish)} can have {counted(most, 'request')} "
+                raise Conflict(f"{who_is_limited(limit, spec)} can have {counted(most, 'request')} "
                                f'on the waiting list and already has {waits}. Cancel one '
                                'first.', limit='waiting', value=most, passes=0)
 
@@ -12586,7 +12594,7 @@ class Limits:
 class Change(NamedTuple):
     """One occurrence as it is, and as it is to be."""
     before: Any        # its row; None: it is new
-    after: Wish | None  # what it is to be, by itself; None: it is given up
+    after: Spec | None  # what it is to be, by itself; None: it is given up
     key: str           # its slot; '' if it is the only one
     had: list[Hold]    # nothing, if it is new or comes back
     wants: list[Hold]  # nothing, if it waits
@@ -12607,9 +12615,9 @@ class Change(NamedTuple):
         return self.before if holds or there and not self.wants else None
 
 
-def change_to(before, after: Wish, now: float, key: str = '', waits: bool = False,
+def change_to(before, after: Spec, now: float, key: str = '', waits: bool = False,
               **columns) -> Change:
-    """The change of an occurrence to a wish; one that has begun keeps the lead that it had."""
+    """The change of an occurrence to a spec; one that has begun keeps the lead that it had."""
     had = held_by(before, now) if before and before.cancelled is None else []
     begin, _ = after.held
     if before and before.start == after.start and before.start <= now:
@@ -12663,11 +12671,11 @@ RESERVE_THE_OTHERS = '--on-conflict skip reserves the occurrences that fit'
 class Deal(NamedTuple):
     """What becomes of a reservation: all of it, or nothing."""
     code: str              # why: the code of its event
-    wish: Wish
+    spec: Spec
     changes: list[Change]
     old: Any = None        # the listing of the occurrence that it is told for; None: it is new
     columns: dict = {}     # what is otherwise of its row
-    stretches: list | None = None  # of its series then, [] of a plain one; None: it ends as before
+    segments: list | None = None  # of its series then, [] of a plain one; None: it ends as before
     horizon: int = 0       # until when that series is in rows
     clash: str = ''        # what becomes of an occurrence without room; '': all is refused
     same: list[dict] = []  # what is told of occurrences that don't change
@@ -12715,10 +12723,10 @@ class Policy:
 
     def take_hosts(self, change: Change, view: View) -> None:
         """THE RULE OF HOSTS: holds what a change wants on hosts, where its resource has any."""
-        change.columns['placed'], wish, now = '', change.after, view.now
-        if not change.wants or not planned_by_host(wish.resource.id):
+        change.columns['placed'], spec, now = '', change.after, view.now
+        if not change.wants or not planned_by_host(spec.resource.id):
             return
-        need = need_of(change.wants[0], wish)
+        need = need_of(change.wants[0], spec)
         need = need._replace(begin=max(need.begin, int(now)))
         same = change.had and change.had[0].resource == need.resource
         had = read_placed(change.before.placed) if same else {}
@@ -12727,12 +12735,12 @@ class Policy:
         if not need.takes:
             return
         begun = bool(had) and change.before.held_from <= now
-        placed = (self.seats_for(need, had, begun, wish, view) if change.growth
+        placed = (self.seats_for(need, had, begun, spec, view) if change.growth
                   else self.kept_hosts(change.before, had, need.number))
         if placed is None:
             for each in kept:
                 hold(*each)
-            raise self.reasons.without_hosts(need, wish)
+            raise self.reasons.without_hosts(need, spec)
         hold_on(need, placed)
         change.columns['placed'] = stored_placed(placed)
 
@@ -12744,11 +12752,11 @@ class Policy:
         runs = Counter(had) & Counter(dict(found))
         return Counter([*runs.elements(), *(Counter(had) - runs).elements()][:number])
 
-    def seats_for(self, need: Need, had: dict[int, int], stay: bool, wish: Wish,
+    def seats_for(self, need: Need, had: dict[int, int], stay: bool, spec: Spec,
                   view: View) -> dict[int, int] | None:
         """The hosts of what a change wants. VMs that stay after it are, if they can be, where there
         is room for good, and where those that are started again have been."""
-        if not wish.stays:
+        if not spec.stays:
             return find_hosts(need, had, stay, view.now, view.own)
         stay, had = stay or bool(view.seats and not had), had or view.seats
         placed = (had and first_fit(need, had, True)
@@ -12759,22 +12767,22 @@ class Policy:
         return placed
 
     def refuse_shared_server(self, change: Change, view: View) -> None:
-        """A machine that somebody has can be started and stopped by one reservation at a time."""
-        wish = change.after
-        if not wish.server or not change.wants:
+        """A VM that somebody has can be started and stopped by one reservation at a time."""
+        spec = change.after
+        if not spec.server or not change.wants:
             return
-        decide_on((On.SERVER, wish.server))
+        decide_on((On.SERVER, spec.server))
         other = row('SELECT r.label, r.user, r.project, o.vms, o.start, o."end" AS until '
                     'FROM occurrence o JOIN reservation r ON r.id = o.reservation_id '
                     "WHERE r.server = ? AND r.server <> '' AND o.due IS NOT NULL "
                     'AND o.held_from < ? AND o.held_until > ? AND o.held_until > o.held_from '
                     'AND o.id NOT IN numbers(?) AND (r.id <> ? OR o.start < ? AND o."end" > ?)',
-                    wish.server, wish.held[1], wish.held[0], json.dumps([*view.changing]),
-                    view.own, wish.end, wish.start)  # the next one may come ahead by its lead
+                    spec.server, spec.held[1], spec.held[0], json.dumps([*view.changing]),
+                    view.own, spec.end, spec.start)  # the next one may come ahead by its lead
         if other:
-            # The sentence goes to the event log as well, which the project of the wish reads.
-            whose = f" by '{other.label}'" if other.project == wish.project else ''
-            raise Conflict(f"Server '{wish.server}' is reserved{whose} at that time. Choose "
+            # The sentence goes to the event log as well, which the project of the spec reads.
+            whose = f" by '{other.label}'" if other.project == spec.project else ''
+            raise Conflict(f"Server '{spec.server}' is reserved{whose} at that time. Choose "
                            'another time.', in_the_way=[self.reasons.seen_in_the_way(other)])
 
     def refuse_unlimited(self, change: Change, view: View) -> None:
@@ -12783,15 +12791,15 @@ class Policy:
 
     def refuse_never_fitting(self, change: Change, view: View) -> None:
         """Refuses to wait for what there will never be."""
-        wish = change.after
+        spec = change.after
         if change.wants:
             return
-        if not wish.amount.within(self.most_ever(wish)):
+        if not spec.amount.within(self.max_capacity(spec)):
             raise NoCapacity('')
-        need = need_of(Hold(wish.resource.id, *wish.held, wish.amount), wish)
+        need = need_of(Hold(spec.resource.id, *spec.held, spec.amount), spec)
         if (planned_by_host(need.resource) and need.takes
                 and most_on_hosts(need) < need.number):
-            raise self.reasons.without_hosts(need, wish)
+            raise self.reasons.without_hosts(need, spec)
 
     def refuse_overtaking(self, change: Change, view: View) -> None:
         """Refuses to take what is kept for one that has waited for long."""
@@ -12823,22 +12831,22 @@ class Policy:
                    wanted.resource, wanted.begin, wanted.until,
                    view.now - self.service.config.no_overtaking_after, int(view.now), *view.line)
 
-    def most_ever(self, wish: Wish) -> Amount:
-        """What a resource holds at most in the window of a wish, loans included."""
-        begin, until = wish.held
-        most, lent = capacity(wish.resource), NOTHING
+    def max_capacity(self, spec: Spec) -> Amount:
+        """What a resource holds at most in the window of a spec, loans included."""
+        begin, until = spec.held
+        most, lent = capacity(spec.resource), NOTHING
         for each in rows('SELECT held_vms, held_vcpus, held_ram, held_classes FROM capacity '
                          'WHERE resource_id = ? AND removed IS NULL AND start < ? AND "end" > ?',
-                         wish.resource.id, until, begin):
+                         spec.resource.id, until, begin):
             lent += NOTHING.beyond(amount_of(each, 'held_'))
         return Amount(*(None if each is None else each + more
                         for each, more in zip(most[:3], lent)), added(most, lent, 1))
 
     def refuse_taken_label(self, deal: Deal, now: float) -> None:
         """Refuses a new label that something of the project has that is not over."""
-        wish, old = deal.wish, deal.old
-        if not old or deal.asked and (wish.label, wish.project) != (old.label, old.project):
-            self.refuse_taken(wish.project, wish.label, now)
+        spec, old = deal.spec, deal.old
+        if not old or deal.asked and (spec.label, spec.project) != (old.label, old.project):
+            self.refuse_taken(spec.project, spec.label, now)
 
     def refuse_taken(self, project: str, label: str, now: float) -> None:
         read_argument('label', label, Label, self.service.here)  # Python may call without `bind`
@@ -12848,8 +12856,8 @@ class Policy:
                            'another label.')
 
     def refuse_waiting_series(self, deal: Deal, now: float) -> None:
-        if deal.wish.stretches and (deal.columns.get('waiting') or deal.old and deal.asked
-                                    and deal.old.waiting is not None):
+        if deal.spec.segments and (deal.columns.get('waiting') or deal.old and deal.asked
+                                   and deal.old.waiting is not None):
             raise Invalid(A_SERIES_WAITS, hint=RESERVE_THE_OTHERS)
 
     def refuse_taken_resource(self, name: str) -> None:
@@ -12870,7 +12878,7 @@ class Policy:
             if not is_at or not each.had or is_at.end <= now or is_same(each):
                 continue
             place = resource_of(is_at.resource_id, removed=True)
-            owner = deal.wish._replace(resource=place, user=old.user, project=old.project)
+            owner = deal.spec._replace(resource=place, user=old.user, project=old.project)
             lock = max([place.lock, *(limit.lock for limit in self.limits.limits_for(owner))])
             if lock and now >= is_at.start - lock:
                 since = self.service.config.told_time(is_at.start - lock, old.tz)
@@ -12878,16 +12886,16 @@ class Policy:
                                'before its start. Ask an admin to change or cancel it.',
                                cause='lock')
 
-    def refuse_many_texts(self, wish: Wish, old=None) -> None:
+    def refuse_many_texts(self, spec: Spec, old=None) -> None:
         """Refuses more long texts than a project may keep; after they were written."""
         now, before = (sum(map(len, texts)) for texts in (
-            wish.columns(*LONG_TEXTS).values(),
+            spec.columns(*LONG_TEXTS).values(),
             [getattr(old, name) for name in LONG_TEXTS] if old else ()))
-        kept = (row('SELECT size FROM texts WHERE project = ?', wish.project)
+        kept = (row('SELECT size FROM texts WHERE project = ?', spec.project)
                 if now > max(before, 1000) else None)
         most = self.service.config.project_texts
         if kept and kept.size > most * 2**20:
-            raise TooLarge(f"Project '{wish.project}' has more than {most} MiB of user data, "
+            raise TooLarge(f"Project '{spec.project}' has more than {most} MiB of user data, "
                            'descriptions and metadata. Shorten some, or ask an admin. (setting '
                            'project_texts)')
 
@@ -12904,26 +12912,26 @@ class Policy:
 
     def refuse_handed_on(self, deal: Deal, now: float) -> None:
         """Refuses to hand on what is beyond the limits of who gets it."""
-        old, wish = deal.old, deal.wish
-        if not old or wish.user == old.user or deal.code == UNDO or not standing().limits:
+        old, spec = deal.old, deal.spec
+        if not old or spec.user == old.user or deal.code == UNDO or not standing().limits:
             return
         others = Others(old.reservation, now)
         for each in rows('SELECT * FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL '
                          'AND held_until > held_from ORDER BY start', old.reservation):
-            one = wish._replace(start=each.start, end=each.end, lead=each.start - each.held_from,
+            one = spec._replace(start=each.start, end=each.end, lead=each.start - each.held_from,
                                 resource=resource_of(each.resource_id, removed=True),
                                 vms=each.vms, whole=amount_of(each))
             self.limits.refuse_beyond(one, now, each, others, old.reservation, handed=True)
             others.put(each.slot, [hold_of(each)], each.start)
 
     def refuse_fixed(self, deal: Deal, now: float) -> None:
-        """A reservation that has begun keeps what its machines are made of."""
-        old, wish, asked = deal.old, deal.wish, deal.asked
+        """A reservation that has begun keeps what its VMs are made of."""
+        old, spec, asked = deal.old, deal.spec, deal.asked
         if 'calendar' in asked:  # which says all of it; what has begun keeps start and place
             asked = {*FIXED} - {'start', 'resource', 'lead'}
         names = [name for name in FIXED if name in asked] if old else ()
-        new = {name: getattr(wish, name) for name in names}
-        new |= {'resource': wish.resource.name} if 'resource' in names else {}
+        new = {name: getattr(spec, name) for name in names}
+        new |= {'resource': spec.resource.name} if 'resource' in names else {}
         other = [name for name in names if new[name] != (
             json.loads(getattr(old, name)) if name in JSON else getattr(old, name))]
         if other and self.look.begun(old):
@@ -12955,10 +12963,10 @@ def taken_label(project: str, label: str, now: float) -> bool:
 
 def last_of(deal: Deal) -> int:
     """Until when a change can be made: a start changes before it, and nothing ends in the past."""
-    old, wish = deal.old, deal.wish
+    old, spec = deal.old, deal.spec
     if old.repeats and not deal.alone:
         return int(LAST.timestamp())
-    return min(old.end, wish.end, old.end if wish.start == old.start else old.held_from)
+    return min(old.end, spec.end, old.end if spec.start == old.start else old.held_from)
 
 
 #: The deals that need no approval, whoever asks: what gives back, was agreed, or is operators'.
@@ -12986,13 +12994,13 @@ WITH_STOPPED = """
    ORDER BY o.start"""
 
 
-def wish_locks(wish: Wish) -> Iterator[tuple[int, int | str]]:
-    """On what a wish decides, beside its resource."""
-    yield On.LABEL, f'{wish.project}/{wish.label}'
-    if wish.server:
-        yield On.SERVER, wish.server
-    if not all(map(is_web, wish.notify)):
-        yield On.MAILS, f'{wish.project}/{wish.user}'
+def spec_locks(spec: Spec) -> Iterator[tuple[int, int | str]]:
+    """On what a spec decides, beside its resource."""
+    yield On.LABEL, f'{spec.project}/{spec.label}'
+    if spec.server:
+        yield On.SERVER, spec.server
+    if not all(map(is_web, spec.notify)):
+        yield On.MAILS, f'{spec.project}/{spec.user}'
 
 
 class Bookings:
@@ -13028,7 +13036,7 @@ class Bookings:
                 return made
             if old.pending is not None:
                 change(Reservation, old.reservation, pending=int(now) + span, confirm=0)
-                self.await_approval(old.reservation, int(now) + span, deal.wish, now)
+                self.await_approval(old.reservation, int(now) + span, deal.spec, now)
                 return made
             attempt.undo()
         until = min(int(now) + (span or int(LAST.timestamp())), last_of(deal))
@@ -13045,10 +13053,10 @@ class Bookings:
 
     def locks_of(self, deal: Deal) -> Iterator[tuple[int, int | str]]:
         """On what a deal decides, beside what its rules name."""
-        wish, old = deal.wish, deal.old
-        yield from wish_locks(wish)
+        spec, old = deal.spec, deal.old
+        yield from spec_locks(spec)
         yield from ((On.RESOURCE, each.after.resource.id) for each in deal.changes if each.after)
-        if old and old.project != wish.project:  # it writes the texts of both
+        if old and old.project != spec.project:  # it writes the texts of both
             raise Lacking(None)
         if old and not old.repeats:
             yield On.RESOURCE, old.resource_id
@@ -13059,21 +13067,21 @@ class Bookings:
 
     def may_need_approval(self, deal: Deal) -> bool:
         """Whether somebody asks for it who is no admin, where an admin must approve."""
-        old, wish = deal.old, deal.wish
+        old, spec = deal.old, deal.spec
         if not old or deal.code in AGREED or old.waiting is not None:
             return False
         if self.service.actor.role == ADMIN:
             return False
-        if self.proposes_all or old.repeats or wish.stretches:
+        if self.proposes_all or old.repeats or spec.segments:
             return self.proposes_all or bool(once(ANY_APPROVAL))
-        places = old.resource_id, wish.resource.id
+        places = old.resource_id, spec.resource.id
         return any(resource_of(id, removed=True).approval for id in places)
 
     def make_true(self, deal: Deal, now: float) -> Made:
         """Decides and writes a deal that needs no approval."""
-        old, wish = deal.old, deal.wish
+        old, spec = deal.old, deal.spec
         self.policy.refuse_deal(deal, now)
-        stops = wish.image and (old or wish.at_end == 'stop') or old and old.image
+        stops = spec.image and (old or spec.at_end == 'stop') or old and old.image
         gone = [piece for each in deal.changes if not each.after for piece in each.had]
         with self.stopped_aside(old.reservation, now, gone) if old and stops else nullcontext():
             decided = self.decide_all(deal, now)
@@ -13084,8 +13092,8 @@ class Bookings:
         if stops and not old:
             with self.stopped_aside(reservation, now, []):
                 pass
-        if wish.resource and (not old or deal.asked):
-            self.policy.refuse_many_texts(wish, old)
+        if spec.resource and (not old or deal.asked):
+            self.policy.refuse_many_texts(spec, old)
         if deal.columns.get('waiting') or old and old.waiting is not None:
             self.stand_in_line(reservation)
         done = [*deal.same, *(line for line, _, _ in decided)] if deal.clash else []
@@ -13093,14 +13101,14 @@ class Bookings:
 
     def decide_all(self, deal: Deal, now: float) -> list[tuple]:
         """Holds what a deal's changes want: of each what became of it, its row, its columns."""
-        old, wish, decided, refused = deal.old, deal.wish, [], []
+        old, spec, decided, refused = deal.old, deal.spec, [], []
         own = old.reservation if old else 0
         several = len(deal.changes) > 1
         changing = {each.before.id for each in deal.changes if each.before}
         others = self.others_of(own, changing, now) if several and standing().limits else None
         line = (own, -old.priority, old.waiting, old.id) if old and old.waiting is not None else ()
         view = View(now, own, changing, others, line, deal.code == UNDO,
-                    self.last_hosts(own, wish))
+                    self.last_hosts(own, spec))
         for each in deal.changes:
             give(each.gives)
             if others and each.after:
@@ -13115,12 +13123,12 @@ class Bookings:
                     raise
                 refused.append((each.after, error))
         if refused:
-            raise self.refusal_of(refused, sum(bool(each.after) for each in deal.changes), wish)
+            raise self.refusal_of(refused, sum(bool(each.after) for each in deal.changes), spec)
         return decided
 
-    def last_hosts(self, own: int, wish: Wish) -> dict[int, int]:
+    def last_hosts(self, own: int, spec: Spec) -> dict[int, int]:
         """The hosts of the last occurrence of a reservation whose VMs stay stopped."""
-        last = wish.stays and own and row(
+        last = spec.stays and own and row(
             "SELECT placed FROM occurrence WHERE reservation_id = ? AND due IS NOT NULL AND "
             "placed <> '' AND held_until > held_from ORDER BY start DESC LIMIT 1", own)
         return read_placed(last.placed) if last else {}
@@ -13151,7 +13159,7 @@ class Bookings:
         if refused and 'limit' in error.details:
             raise error
         lack = self.reasons.lack(one)
-        why = str(error) or self.reasons.why_not(one, lack)
+        why = str(error) or self.reasons.capacity_message(one, lack)
         if refused:
             refusal = NoCapacity(why)
             if rehearsal.on:
@@ -13201,11 +13209,11 @@ class Bookings:
             view.others.put(change.key, change.had, change.before.start)
         return True
 
-    def refusal_of(self, refused: list[tuple[Wish, NoCapacity]], number: int,
-                   wish: Wish) -> NoCapacity:
+    def refusal_of(self, refused: list[tuple[Spec, NoCapacity]], number: int,
+                   spec: Spec) -> NoCapacity:
         """The refusal of a series some occurrences of which have no room."""
         one, error = refused[0]
-        first = self.service.config.told_time(one.start, wish.stretches[0].zone)
+        first = self.service.config.told_time(one.start, spec.segments[0].zone)
         text = (f'{len(refused)} of {number} occurrences do not fit. Nothing was changed. '
                 f'First problem: {first}: {error}')
         hint = {'hint': RESERVE_THE_OTHERS} if len(refused) < number else {}
@@ -13243,18 +13251,18 @@ class Bookings:
 
     def write_new(self, deal: Deal, decided: list[tuple], now: float) -> int:
         """Writes the row of a new reservation; its id."""
-        wish, stretches = deal.wish, deal.stretches or []
+        spec, segments = deal.spec, deal.segments or []
         live = [columns['end'] for _, _, columns in decided if not columns.get('cancelled')]
         if not live:
             first = decided[0][0]['why']
             raise NoCapacity(f"None of {len(decided)} occurrences fits. The first: {first}",
                              conflicts=[line for line, _, _ in decided[:1000]])
-        on = goes_on(stretches, deal.horizon)
+        on = goes_on(segments, deal.horizon)
         end = int(LAST.timestamp()) if on else max(int(now), *live)
-        return insert(Reservation, **wish.columns(*STORED) | {
+        return insert(Reservation, **spec.columns(*STORED) | {
             'origin': '', 'added': int(now), 'changed': int(now), 'priority': 0, 'confirm': 0,
             'request': '', 'choices': '', 'booked_until': deal.horizon if on else None,
-            'series': stored_stretches(stretches) if stretches else '', 'over': end} | deal.columns)
+            'series': stored_segments(segments) if segments else '', 'over': end} | deal.columns)
 
     def write_old(self, deal: Deal, now: float) -> None:
         """Writes what is otherwise of a reservation, and until when its label is taken."""
@@ -13264,10 +13272,10 @@ class Bookings:
             run('UPDATE reservation SET waiting = NULL, pending = NULL WHERE id = ?1 AND '
                 'NOT EXISTS (SELECT 1 FROM occurrence o WHERE o.reservation_id = ?1 AND '
                 'o.cancelled IS NULL)', id)  # there is nothing left to wait for
-        if deal.stretches is None:
+        if deal.segments is None:
             change(Reservation, id, **columns)
             return
-        on = goes_on(deal.stretches, deal.horizon)
+        on = goes_on(deal.segments, deal.horizon)
         columns['booked_until'] = deal.horizon if on else None
         over = """, over = coalesce(?, max(?, coalesce((SELECT min(max("end"), 4611686018427387904)
                      FROM occurrence WHERE reservation_id = ? AND cancelled IS NULL), 0)))"""
@@ -13444,11 +13452,11 @@ class Bookings:
             call_waiting(*each)
         run('DELETE FROM wait WHERE reservation_id = ?', reservation)
 
-    def await_approval(self, reservation: int, until: int, wish: Wish, now: float) -> None:
+    def await_approval(self, reservation: int, until: int, spec: Spec, now: float) -> None:
         """Lets admins know that they must approve a reservation before an instant."""
-        said = self.service.config.told_time(until, wish.tz)
+        said = self.service.config.told_time(until, spec.tz)
         self.service.ask_admins(now, f'an admin must approve it before {said}', reservation,
-                                wish.notify)
+                                spec.notify)
 
     def keep_for_undo(self, deal: Deal, had: list[Hold], now: float) -> None:
         """Holds for a while what a change has given back, so that it can be taken back.
@@ -13464,27 +13472,27 @@ class Bookings:
 
     def propose(self, deal: Deal, until: int, growth: list[Hold], now: float) -> None:
         """Writes down a change that waits for approval, and holds what it takes more."""
-        old, wish, asked = deal.old, deal.wish, sorted(deal.asked)
-        shown = self.shown_change(old, wish, asked) | {'asked_by': self.service.actor.user,
+        old, spec, asked = deal.old, deal.spec, sorted(deal.asked)
+        shown = self.shown_change(old, spec, asked) | {'asked_by': self.service.actor.user,
                                                        'decide_before': instant(until)}
         self.write_proposal(deal, until, growth, shown)
-        said = self.service.config.told_time(until, wish.tz)
+        said = self.service.config.told_time(until, spec.tz)
         self.service.ask_admins(
             now, f"an admin must approve the change of {', '.join(asked)} before {said}; until "
-                 'then everything stays as approved', old.reservation, wish.notify)
+                 'then everything stays as approved', old.reservation, spec.notify)
 
     def write_proposal(self, deal: Deal, until: int, holds: list[Hold], shown: dict) -> None:
         old = deal.old
         id = insert(Proposal, reservation=old.reservation, occurrence=old.id, alone=deal.alone,
                     named=deal.named, user=self.service.actor.user, code=deal.code,
-                    asked=json.dumps(sorted(deal.asked)), wish=stored_wish(deal.wish),
+                    asked=json.dumps(sorted(deal.asked)), wish=stored_spec(deal.spec),
                     until=until, shown=json.dumps(to_plain(shown)))
         self.hold_proposed(old.reservation, id, holds)
 
-    def shown_change(self, old, wish: Wish, asked: list[str]) -> dict:
+    def shown_change(self, old, spec: Spec, asked: list[str]) -> dict:
         """What would be otherwise, as answers show it."""
-        new = wish.columns(*STORED) | {'resource': wish.resource.name, 'start': instant(wish.start),
-                                       'end': instant(wish.end), 'vms': wish.vms}
+        new = spec.columns(*STORED) | {'resource': spec.resource.name, 'start': instant(spec.start),
+                                       'end': instant(spec.end), 'vms': spec.vms}
         before = public(old)
         return {name: value for name, value in new.items()
                 if name in asked or name in OWN and value != before[name]}
@@ -13497,21 +13505,21 @@ def unheld(now: float, old=None) -> dict:
 
 # Series ######################################################################
 #
-# What makes the occurrences of a series what its stretches want, as far as the horizon.
+# What makes the occurrences of a series what its segments want, as far as the horizon.
 
 
 class Series:
     """The deals of series."""
 
-    def __init__(self, service: Service, look: Lookup, wishes: Wishes, bookings: Bookings):
-        self.service, self.look, self.wishes, self.bookings = service, look, wishes, bookings
+    def __init__(self, service: Service, look: Lookup, specs: SpecReader, bookings: Bookings):
+        self.service, self.look, self.specs, self.bookings = service, look, specs, bookings
 
     def spelled(self, deal: Deal, there: list, now: float) -> Deal:
-        """A deal with all changes that make of a series what its stretches want.
+        """A deal with all changes that make of a series what its segments want.
 
         What has begun keeps its start; what was changed, left out or skipped alone stays as it is.
         """
-        wish = deal.wish
+        spec = deal.spec
         there = [each._replace(**deal.patches.get(each.id, {})) for each in there]
         wanted, horizon = self.wanted(deal, there, now)
         gone, same, todo = [], [], []
@@ -13522,58 +13530,58 @@ class Series:
             slot = self.settled(deal, old, slot, now)
             if slot is None and old.cancelled is None:
                 gone.append(given_up(old, now))
-            elif slot and self.differs(old, slot, wish):
+            elif slot and self.differs(old, slot, spec):
                 todo.append((slot, old))
             elif slot and old.cancelled is None:
                 same.append(told(old, 'unchanged'))
         todo += [(slot, None) for slot in wanted.values() if slot.end > now]
         todo.sort(key=lambda each: each[0].start)
-        self.refuse_impossible(wish, todo, now)
+        self.refuse_impossible(spec, todo, now)
         return deal._replace(
-            changes=gone + [self.change_at(wish, slot, old, now) for slot, old in todo],
-            same=same, stretches=wish.stretches, horizon=horizon,
-            clash=wish.on_conflict or 'refuse')
+            changes=gone + [self.change_at(spec, slot, old, now) for slot, old in todo],
+            same=same, segments=spec.segments, horizon=horizon,
+            clash=spec.on_conflict or 'refuse')
 
     def wanted(self, deal: Deal, there: list, now: float) -> tuple[dict[str, Slot], int]:
         """The slots that a series wants, by key, and until when they are to be in rows."""
-        wish, stretches = deal.wish, deal.wish.stretches
+        spec, segments = deal.spec, deal.spec.segments
         skipped = {old.slot for old in there if old.cancelled is not None and old.altered}
-        horizon = self.horizon(stretches, now, skipped)
-        earliest = self.earliest(there, stretches, now)
-        wanted = {slot.key: slot for slot in all_slots(stretches, earliest, horizon)}
-        reach, known = self.reach(wish, now), {old.slot for old in there}
+        horizon = self.horizon(segments, now, skipped)
+        earliest = self.earliest(there, segments, now)
+        wanted = {slot.key: slot for slot in all_slots(segments, earliest, horizon)}
+        reach, known = self.reach(spec, now), {old.slot for old in there}
         near = {key: slot for key, slot in wanted.items() if slot.start <= reach or key in known}
-        takes_some = deal.code == 'carried on' or (wish.on_conflict or 'refuse') != 'refuse'
+        takes_some = deal.code == 'carried on' or (spec.on_conflict or 'refuse') != 'refuse'
         if takes_some and near and len(near) < len(wanted):  # the time of the others comes
             return near, int(reach) + 1
         return wanted, horizon
 
-    def reach(self, wish: Wish, now: float) -> float:
-        """Until when the limits of a wish let anything begin."""
-        places = filter(None, {resource_of(each.resource) for each in wish.stretches})
+    def reach(self, spec: Spec, now: float) -> float:
+        """Until when the limits of a spec let anything begin."""
+        places = filter(None, {resource_of(each.resource) for each in spec.segments})
         limits = self.bookings.policy.limits
         return min((now + each for place in places
-                    for each in limits.ahead(wish._replace(resource=place))),
+                    for each in limits.ahead(spec._replace(resource=place))),
                    default=LAST.timestamp())
 
-    def change_at(self, wish: Wish, slot: Slot, old, now: float) -> Change:
+    def change_at(self, spec: Spec, slot: Slot, old, now: float) -> Change:
         """The change that makes an occurrence be at a slot."""
-        one = wish._replace(resource=resource_of(slot.resource), start=slot.start, end=slot.end,
-                            vms=slot.vms, stretches=[])
+        one = spec._replace(resource=resource_of(slot.resource), start=slot.start, end=slot.end,
+                            vms=slot.vms, segments=[])
         return change_to(old, one, now, slot.key)
 
-    def refuse_impossible(self, wish: Wish, todo: list[tuple], now: float) -> None:
+    def refuse_impossible(self, spec: Spec, todo: list[tuple], now: float) -> None:
         """Refuses what can't be of a series, however much room there is."""
-        if wish.server and any(one.end > after.start
+        if spec.server and any(one.end > after.start
                                for (one, _), (after, _) in zip(todo, todo[1:])):
             raise Conflict('Two occurrences overlap, but there is only one server '
-                           f"'{wish.server}'. Make the occurrences shorter.")
+                           f"'{spec.server}'. Make the occurrences shorter.")
         for slot, old in todo:
             if resource_of(slot.resource) is None:
                 raise Conflict('The resource of this series was removed. Choose another resource.',
                                hint='--resource NAME')
             if old and slot.start != old.start and slot.start < now - PATIENCE:
-                told = functools.partial(self.service.config.told_time, tz=wish.tz)
+                told = functools.partial(self.service.config.told_time, tz=spec.tz)
                 raise Conflict(f'The occurrence of {told(old.start)} would start in the past, at '
                                f'{told(slot.start)}.')
 
@@ -13581,45 +13589,45 @@ class Series:
         """The rows of all occurrences of a reservation."""
         return rows('SELECT * FROM occurrence WHERE reservation_id = ? ORDER BY start', reservation)
 
-    def earliest(self, there: list, stretches: list[Stretch], now: float) -> float:
+    def earliest(self, there: list, segments: list[Segment], now: float) -> float:
         """From when on slots must be known: one that was moved was planned for earlier."""
-        moved = [from_wall(datetime.fromisoformat(old.slot),
-                           read_zone(stretches[0].zone)).timestamp()
-                 for old in there if old.slot and old.end > now and stretches]
-        return min([now, *moved]) - max((abs(stretch.shift) for stretch in stretches),
+        moved = [from_local(datetime.fromisoformat(old.slot),
+                            read_zone(segments[0].zone)).timestamp()
+                 for old in there if old.slot and old.end > now and segments]
+        return min([now, *moved]) - max((abs(segment.shift) for segment in segments),
                                         default=0) - 86400
 
-    def horizon(self, stretches: list[Stretch], now: float, skipped: Iterable[str] = ()) -> int:
+    def horizon(self, segments: list[Segment], now: float, skipped: Iterable[str] = ()) -> int:
         """Until when a series is in rows: at least its next occurrence is."""
-        following = [next((slot.start + 1 for slot in slots(stretch, now, LAST.timestamp())
-                           if slot.key not in skipped), 0) for stretch in stretches]
+        following = [next((slot.start + 1 for slot in slots(segment, now, LAST.timestamp())
+                           if slot.key not in skipped), 0) for segment in segments]
         return max(int(now) + self.service.config.horizon * 86400,
                    min(filter(None, following), default=0))
 
     def settled(self, deal: Deal, old, slot: Slot | None, now: float) -> Slot | None:
         """What an occurrence is to become, of what its series wants; None: cancelled."""
-        wish, here = deal.wish, Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
+        spec, here = deal.spec, Slot(old.slot, old.start, old.end, old.vms, old.resource_id)
         if old.cancelled is not None:  # what had no room is tried again by who changes the series
             same = slot and (slot.start, slot.end) == (old.start, old.end)
             return None if old.altered or same and deal.code == 'carried on' else slot
         if slot and old.altered:
             return here
-        if now >= (old.held_from if wish.image or wish.server else old.start):
+        if now >= (old.held_from if spec.image or spec.server else old.start):
             begun = slot and slot._replace(start=old.start, resource=old.resource_id, vms=old.vms)
             # a calendar or the horizon ends nothing that runs
             return begun or (here if deal.code in ('carried on', 'calendar') else None)
         return slot
 
-    def differs(self, old, slot: Slot, wish: Wish) -> bool:
+    def differs(self, old, slot: Slot, spec: Spec) -> bool:
         """Whether an occurrence is otherwise than its series wants it."""
         is_at = old.start, old.end, old.resource_id, *amount_of(old)
-        wanted = slot.start, slot.end, slot.resource, *wish.takes(slot.vms)
+        wanted = slot.start, slot.end, slot.resource, *spec.takes(slot.vms)
         return old.cancelled is not None or is_at != wanted or (
-            slot.start - wish.lead != old.held_from and not old.altered)
+            slot.start - spec.lead != old.held_from and not old.altered)
 
     def carry_on(self, head, now: float) -> list[dict]:
         """Carries a series on as far as the horizon is now, by the zone table as it is now."""
-        deal = Deal('carried on', self.wishes.carried_on(head), [], head)
+        deal = Deal('carried on', self.specs.carried_on(head), [], head)
         there = self.there(head.reservation)
         return self.bookings.commit(self.spelled(deal, there, now), now).done
 
@@ -13630,16 +13638,16 @@ class Series:
             if one.get('why') and one['outcome'] in ('left out', 'shifted'):
                 became = 'skipped' if one['outcome'] == 'left out' else 'moved'
                 start = self.service.config.told_time(one['start'].timestamp(), head.tz)
-                self.service.journal(now, 'refused', f"{start} is {became}: {one['why']}",
-                                     reservation, json.loads(head.notify))
+                self.service.log_event(now, 'refused', f"{start} is {became}: {one['why']}",
+                                       reservation, json.loads(head.notify))
 
-    def kept_identities(self, there: list, wish: Wish, now: float) -> dict[int, dict]:
+    def kept_identities(self, there: list, spec: Spec, now: float) -> dict[int, dict]:
         """New slots for occurrences whose slots are gone, by id; first of the same day.
 
         So an event that is moved is one event in feeds, and no program shows it twice.
         """
-        slots = all_slots(wish.stretches, self.earliest(there, wish.stretches, now),
-                          self.horizon(wish.stretches, now))
+        slots = all_slots(spec.segments, self.earliest(there, spec.segments, now),
+                          self.horizon(spec.segments, now))
         wanted, taken = {slot.key for slot in slots}, {old.slot for old in there}
         lost = {old.slot: old.id for old in there if old.cancelled is None and old.held_from > now
                 and not old.altered and old.slot not in wanted}
@@ -13652,14 +13660,14 @@ class Series:
         pairs |= zip((slot for slot in lost if slot not in pairs), rest)
         return {lost[slot]: {'slot': key} for slot, key in pairs.items()}
 
-    def following(self, there: list, before: list[Stretch], wish: Wish, now: float) -> list[int]:
+    def following(self, there: list, before: list[Segment], spec: Spec, now: float) -> list[int]:
         """The occurrences that were changed on their own, and that their calendar has moved."""
         there = [each for each in there if each.altered and each.end > now]
         if not there:
             return []
         window = there[0].start - MONTH, max(each.end for each in there) + MONTH
-        old, new = ({slot.key: slot for slot in all_slots(stretches, *window)}
-                    for stretches in (before, wish.stretches))
+        old, new = ({slot.key: slot for slot in all_slots(segments, *window)}
+                    for segments in (before, spec.segments))
         moved = []
         for each in there:
             slot = new.get(each.slot)
@@ -13678,7 +13686,7 @@ class Spent(NoCapacity):
     """No way was found for all parts of a request in as many tries as are made."""
 
 
-def choose(parts: list[list], book: Callable, kind: Callable[[list], object]):
+def choose_candidates(parts: list[list], book: Callable, kind: Callable[[list], object]):
     """Takes of each part the first choice that lets the others be taken as well; what that gave.
 
     Parts of one kind are taken one after the other, each from the choice of the one before it on:
@@ -13699,7 +13707,9 @@ def choose(parts: list[list], book: Callable, kind: Callable[[list], object]):
 
 
 def chosen(parts: list[tuple], book: Callable, tries: Iterator, taken: list, first: int = 0):
-    """What `choose` finds behind what is taken, for the next part from its `first` choice on."""
+    """What `choose_candidates` finds behind what is taken, for the next part from its `first`
+    choice on.
+    """
     (kind, choices), refusals = parts[len(taken)], []
     for n in range(first, len(choices)):
         if next(tries, None) is None:
@@ -13724,74 +13734,74 @@ def chosen(parts: list[tuple], book: Callable, tries: Iterator, taken: list, fir
     raise max(reversed(refusals), key=lambda each: (isinstance(each, NoCapacity), each.placed))
 
 
-def kind_of(part: list[Wish]) -> tuple:
+def kind_of(part: list[Spec]) -> tuple:
     """What tells a part from another: what it takes, and when, on each of its resources."""
-    return tuple((wish.resource.id, wish.held, wish.amount, wish.server) for wish in part)
+    return tuple((spec.resource.id, spec.held, spec.amount, spec.server) for spec in part)
 
 
 class Admission:
     """Reservations as a whole, and requests of several; inside a transaction."""
 
-    def __init__(self, look: Lookup, wishes: Wishes, series: Series, reasons: Reasons):
-        self.look, self.wishes, self.series, self.reasons = look, wishes, series, reasons
+    def __init__(self, look: Lookup, specs: SpecReader, series: Series, reasons: Reasons):
+        self.look, self.specs, self.series, self.reasons = look, specs, series, reasons
         self.service, self.bookings = series.service, series.bookings
         self.policy = self.bookings.policy
 
-    def book(self, wish: Wish, now: float, **columns) -> tuple[int, list]:
+    def book(self, spec: Spec, now: float, **columns) -> tuple[int, list]:
         """Makes a reservation: its id, and of a series what became of each occurrence."""
-        wish = self.wishes.as_now(wish)
-        place = wish.resource
+        spec = self.specs.as_now(spec)
+        place = spec.resource
         pending = int(
             now) + place.approval if place.approval and self.service.actor.role != ADMIN else None
-        deal = Deal('added', wish, [], columns=columns | {'pending': pending})
+        deal = Deal('added', spec, [], columns=columns | {'pending': pending})
         reservation, done = self.bookings.commit(
-            self.series.spelled(deal, [], now) if wish.stretches
-            else deal._replace(changes=[change_to(None, wish, now)]), now)
-        what = (self.told_series(wish, done) if wish.stretches
-                else f"{counted(wish.vms, 'VM')} on {place.name}")
-        self.service.journal(now, 'added', what, reservation, wish.notify, NONE_OF_THEM)
+            self.series.spelled(deal, [], now) if spec.segments
+            else deal._replace(changes=[change_to(None, spec, now)]), now)
+        what = (self.series_message(spec, done) if spec.segments
+                else f"{counted(spec.vms, 'VM')} on {place.name}")
+        self.service.log_event(now, 'added', what, reservation, spec.notify, NONE_OF_THEM)
         if pending:
-            self.bookings.await_approval(reservation, pending, wish, now)
+            self.bookings.await_approval(reservation, pending, spec, now)
         return reservation, done
 
-    def told_series(self, wish: Wish, done: list[dict]) -> str:
-        """What was booked of a series, for the journal."""
+    def series_message(self, spec: Spec, done: list[dict]) -> str:
+        """What was booked of a series, for the event log."""
         left_out = sum(each['outcome'] == 'left out' for each in done)
-        return (f"{counted(wish.vms, 'VM')} on {wish.resource.name}, "
-                f"{rule_in_words(wish.repeat) if wish.repeat else 'once'}: "
+        return (f"{counted(spec.vms, 'VM')} on {spec.resource.name}, "
+                f"{rule_in_words(spec.repeat) if spec.repeat else 'once'}: "
                 f"{counted(len(done) - left_out, 'occurrence')}"
                 f"{f', {left_out} skipped' if left_out else ''}")
 
-    def edit(self, old, wish: Wish, asked: Iterable[str], now: float, code: str = 'updated',
+    def edit(self, old, spec: Spec, asked: Iterable[str], now: float, code: str = 'updated',
              named: bool = False, alone: bool = False) -> Deal:
         """The deal that makes of a reservation what is asked; `code` can be BACK or 'calendar'."""
-        deal = Deal(code, wish, [], old, asked=asked, named=named, alone=alone)
+        deal = Deal(code, spec, [], old, asked=asked, named=named, alone=alone)
         if code == BACK:
             return self.edit_back(deal, now)
-        if wish.stretches:
+        if spec.segments:
             return self.edit_series(deal, now)
-        wish = self.wishes.as_now(wish)
+        spec = self.specs.as_now(spec)
         waits = old.waiting is not None
-        stretches = self.look.stretches(old.reservation) if old.repeats else []
-        columns = {} if old.repeats else wish.columns(*STORED)
+        segments = self.look.segments(old.reservation) if old.repeats else []
+        columns = {} if old.repeats else spec.columns(*STORED)
         if old.choices and {'resource', 'host', 'flavor'} & set(asked):
             columns['choices'] = ''  # it waits for this one alone
-        wants = Hold(wish.resource.id, *wish.held, wish.amount)
+        wants = Hold(spec.resource.id, *spec.held, spec.amount)
         if waits and beyond([wants], [hold_of(old)._replace(until=old.end)]):
             columns['waiting'] = int(now)  # it goes to the end of the line
         return deal._replace(
-            wish=wish, columns=columns, stretches=stretches,
-            changes=[change_to(old, wish, now, old.slot, waits, altered=bool(old.repeats))],
-            horizon=self.series.horizon(stretches, now) if stretches else 0)
+            spec=spec, columns=columns, segments=segments,
+            changes=[change_to(old, spec, now, old.slot, waits, altered=bool(old.repeats))],
+            horizon=self.series.horizon(segments, now) if segments else 0)
 
     def is_as_before(self, deal: Deal) -> bool:
-        """Whether a deal changes nothing, wherever the stretches of its series are cut."""
-        def uncut(stretches: list[Stretch]) -> set[str]:
-            return {json.dumps(each._replace(since='', until='')) for each in stretches}
+        """Whether a deal changes nothing, wherever the segments of its series are cut."""
+        def uncut(segments: list[Segment]) -> set[str]:
+            return {json.dumps(each._replace(since='', until='')) for each in segments}
         for name, value in deal.columns.items():
             if name == 'series':
-                had = self.look.stretches(deal.old.reservation)
-                if uncut(read_stretches(value)) != uncut(had):
+                had = self.look.segments(deal.old.reservation)
+                if uncut(read_segments(value)) != uncut(had):
                     return False
             elif value != getattr(deal.old, name):
                 return False
@@ -13799,36 +13809,36 @@ class Admission:
 
     def edit_series(self, deal: Deal, now: float) -> Deal:
         """The deal that changes a series, or makes one of a plain reservation."""
-        old, wish, patches = deal.old, deal.wish, {}
+        old, spec, patches = deal.old, deal.spec, {}
         there = self.series.there(old.reservation)
         if deal.code == 'calendar':
-            patches = self.series.kept_identities(there, wish, now)
-            before = self.look.stretches(old.reservation)
+            patches = self.series.kept_identities(there, spec, now)
+            before = self.look.segments(old.reservation)
             patches |= {id: patches.get(id, {}) | {'altered': False}
-                        for id in self.series.following(there, before, wish, now)}
+                        for id in self.series.following(there, before, spec, now)}
         elif not old.repeats:  # what it has becomes the first of the series
-            first = next(slots(wish.stretches[-1], now, LAST.timestamp()))
-            key = to_wall(instant(old.start), read_zone(wish.tz)).isoformat()
+            first = next(slots(spec.segments[-1], now, LAST.timestamp()))
+            key = to_local(instant(old.start), read_zone(spec.tz)).isoformat()
             patches = {old.id: {'slot': key if self.look.begun(old) else first.key}}
         elif old.altered and deal.named:
             patches = {old.id: {'altered': False}}
-        deal = deal._replace(patches=patches, columns=deal.columns | wish.columns(*STORED) | {
-            'series': stored_stretches(wish.stretches)})
+        deal = deal._replace(patches=patches, columns=deal.columns | spec.columns(*STORED) | {
+            'series': stored_segments(spec.segments)})
         if not SHAPE & set(deal.asked):
             return deal
         return self.series.spelled(deal, there, now)
 
     def edit_back(self, deal: Deal, now: float) -> Deal:
         """The deal that lets a series have an occurrence again that it was left without."""
-        old, wish = deal.old, deal.wish
-        stretches = [unskipped(each, old.slot) for each in self.look.stretches(old.reservation)]
-        slot = Slot(old.slot, wish.start, wish.end, wish.vms, wish.resource.id)
-        self.series.refuse_impossible(wish, [(slot, old)], now)
-        one = self.series.change_at(wish, slot, old, now)
+        old, spec = deal.old, deal.spec
+        segments = [unskipped(each, old.slot) for each in self.look.segments(old.reservation)]
+        slot = Slot(old.slot, spec.start, spec.end, spec.vms, spec.resource.id)
+        self.series.refuse_impossible(spec, [(slot, old)], now)
+        one = self.series.change_at(spec, slot, old, now)
         return deal._replace(
-            changes=[one._replace(columns=one.columns | {'altered': False})], stretches=stretches,
-            columns={'series': stored_stretches(stretches)}, clash='refuse',
-            horizon=self.series.horizon(stretches, now))
+            changes=[one._replace(columns=one.columns | {'altered': False})], segments=segments,
+            columns={'series': stored_segments(segments)}, clash='refuse',
+            horizon=self.series.horizon(segments, now))
 
     def cancel(self, found: list, now: float, why: str = '', ends: bool = False) -> None:
         """Cancels occurrences of a reservation; `ends`: nothing of its series comes after."""
@@ -13839,13 +13849,13 @@ class Admission:
             if each.change is not None:
                 self.bookings.drop_proposals(each.reservation, each.id)
         if first.repeats and ends:
-            left = stretches_before(self.look.stretches(first.reservation),
-                                    min(each.slot for each in found))
-            columns['series'] = stored_stretches(left) if left else '[]'
+            left = segments_before(self.look.segments(first.reservation),
+                                   min(each.slot for each in found))
+            columns['series'] = stored_segments(left) if left else '[]'
         goes_on = first.repeats and not ends
-        self.bookings.commit(Deal('released', self.wishes.carried_on(first),
+        self.bookings.commit(Deal('released', self.specs.carried_on(first),
                                   [given_up(each, now, altered=True) for each in found], first,
-                                  columns, stretches=None if goes_on else []), now)
+                                  columns, segments=None if goes_on else []), now)
         if goes_on:  # so that there is a next one
             self.series.carry_on(first, now)
         only = NONE_OF_THEM
@@ -13874,70 +13884,70 @@ class Admission:
             f'({found.at_end}) is not done.']}
 
     def book_all(self, request: Request, now: float) -> list[tuple]:
-        """Books all parts of a request: each one's wish, reservation, and what became of it."""
+        """Books all parts of a request: each one's spec, reservation, and what became of it."""
         for name in [request.label, *(part[0].label for part in request.parts)]:
             if request.name:  # else it is looked at when it is booked
                 self.policy.refuse_taken(request.last.project, name, now)
         try:
             if len(request.parts) == len(request.parts[0]) == 1:
                 return [self.book_part(request.last, '', now)]
-            return choose(request.parts, lambda wish, _: self.book_part(wish, request.name, now),
-                          kind_of)
+            return choose_candidates(
+                request.parts, lambda spec, _: self.book_part(spec, request.name, now), kind_of)
         except NoCapacity as refusal:
-            refusal.wish = self.summed(request, getattr(refusal, 'wish', request.last))
-            if str(refusal) or len(request.parts) == 1 or self.reasons.lack(refusal.wish):
+            refusal.spec = self.total_amount(request, getattr(refusal, 'spec', request.last))
+            if str(refusal) or len(request.parts) == 1 or self.reasons.lack(refusal.spec):
                 raise
             raise self.apart(request, refusal) from None
 
     def apart(self, request: Request, refusal: NoCapacity) -> NoCapacity:
         """The refusal of parts of which each would have room, but not all together."""
-        when = self.service.config.told_window(*refusal.wish.held)
+        when = self.service.config.told_window(*refusal.spec.held)
         answer = NoCapacity(f'Only {refusal.placed} of the {len(request.parts)} parts of '
                             f"'{request.label}' fit together from {when}. Reserve fewer parts, "
                             'smaller parts, or another time.')
-        answer.wish = refusal.wish
-        answer.others = {wish.resource.id for part in request.parts for wish in part}
+        answer.spec = refusal.spec
+        answer.others = {spec.resource.id for part in request.parts for spec in part}
         return answer
 
-    def instead(self, request: Request, wish: Wish, field: str, now: float) -> None:
-        """Books a request of which each part is otherwise in one field, as a wish is."""
-        def other(each: Wish) -> Wish:
-            return with_vms(each, wish.vms) if field == 'vms' else each._replace(
-                start=wish.start, end=wish.end)
+    def instead(self, request: Request, spec: Spec, field: str, now: float) -> None:
+        """Books a request of which each part is otherwise in one field, as a spec is."""
+        def other(each: Spec) -> Spec:
+            return with_vms(each, spec.vms) if field == 'vms' else each._replace(
+                start=spec.start, end=spec.end)
         if field == 'vms' and request.name:
             raise Invalid('An offer of fewer VMs must say for which part.')
         parts = [[*map(other, part)] for part in request.parts]
         self.book_all(request._replace(parts=parts), now)
 
-    def book_part(self, wish: Wish, name: str, now: float) -> tuple:
+    def book_part(self, spec: Spec, name: str, now: float) -> tuple:
         """Books one part of a request; a refusal tells which."""
         try:
-            return wish, *self.book(wish, now, request=name)
+            return spec, *self.book(spec, now, request=name)
         except NoCapacity as refusal:
-            refusal.wish = wish
+            refusal.spec = spec
             raise
 
-    def summed(self, request: Request, wish: Wish) -> Wish:
+    def total_amount(self, request: Request, spec: Spec) -> Spec:
         """What a request asks for in all where one of its parts has found no room."""
         there = [part[0].amount for part in request.parts
-                 if len(part) == 1 and part[0].resource.id == wish.resource.id]
+                 if len(part) == 1 and part[0].resource.id == spec.resource.id]
         total = sum(there, NOTHING)
-        return wish._replace(vms=total.vms, whole=total) if len(there) > 1 else wish
+        return spec._replace(vms=total.vms, whole=total) if len(there) > 1 else spec
 
     def answer_all(self, request: Request, booked: list[tuple]) -> dict:
         """What was reserved: one reservation, or the parts of a request."""
-        answers = [self.answer(reservation, done, wish) for wish, reservation, done in booked]
+        answers = [self.answer(reservation, done, spec) for spec, reservation, done in booked]
         return {'label': request.label, 'parts': answers} if request.name else answers[0]
 
-    def answer(self, reservation: int, done: Iterable[dict], wish: Wish,
+    def answer(self, reservation: int, done: Iterable[dict], spec: Spec,
                occurrence: int | None = None) -> dict:
         """What was reserved, of a series the next occurrence and what became of each."""
         found = self.look.occurrence(occurrence) if occurrence else self.look.next_of(reservation)
         series = ({'booked_until': instant(found.booked_until), 'occurrences': [*done]}
-                  if wish.stretches else {})
+                  if spec.segments else {})
         shown = public(found)
         return shown | series | {'message': self.in_words(shown)} | (
-            {'warnings': wish.warnings} if wish.warnings else {})
+            {'warnings': spec.warnings} if spec.warnings else {})
 
     def in_words(self, shown: dict) -> str:
         """What is agreed now, in a sentence: what starts when, and what becomes of it."""
@@ -13952,17 +13962,17 @@ class Admission:
     def grant(self, proposal, now: float) -> None:
         """Makes a change that was proposed."""
         old = self.look.occurrence(proposal.occurrence)
-        if old.state in OVER and proposal.code != BACK:
+        if old.state in FINISHED and proposal.code != BACK:
             old = self.look.next_of(proposal.reservation_id)
-        asked, wish = json.loads(proposal.asked), restored_wish(proposal.wish)
-        current = self.wishes.unaltered(old)
+        asked, spec = json.loads(proposal.asked), restored_spec(proposal.wish)
+        current = self.specs.original_arguments(old)
         if proposal.code != 'calendar':
-            wish = wish._replace(**{
+            spec = spec._replace(**{
                 name: current[name] for name in STORED
                 if name not in (*asked, 'lead', 'repeat', 'tz', 'on_conflict')})
         self.bookings.drop_proposals(old.reservation,
                                      proposal.occurrence if proposal.alone else None)
-        deal = self.edit(old, wish, asked, now, proposal.code, proposal.named, proposal.alone)
+        deal = self.edit(old, spec, asked, now, proposal.code, proposal.named, proposal.alone)
         self.bookings.commit(deal._replace(code=UNDO if deal.code == UNDO else 'granted'), now)
         if proposal.code == 'calendar':  # what the calendar says is agreed to
             run("UPDATE reservation SET origin = substr(origin, instr(origin, ' ') + 1) "
@@ -13981,10 +13991,10 @@ class Admission:
                 self.bookings.make_way(growth, now)
                 self.bookings.hold_proposed(reservation, proposal.id, growth)
 
-    def commit_back(self, old, wish: Wish, now: float) -> Made | None:
+    def commit_back(self, old, spec: Spec, now: float) -> Made | None:
         """Lets an occurrence be again that was left out."""
         try:
-            return self.bookings.commit(self.edit(old, wish, ['occurrence'], now, BACK, True, True),
+            return self.bookings.commit(self.edit(old, spec, ['occurrence'], now, BACK, True, True),
                                         now)
         except NoCapacity as refusal:
             conflict, = refusal.details.pop('conflicts')
@@ -14002,7 +14012,7 @@ class Waiting:
     """Requests that wait for room, and reservations that wait for a word."""
 
     def __init__(self, admission: Admission):
-        self.admission, self.look, self.wishes = admission, admission.look, admission.wishes
+        self.admission, self.look, self.specs = admission, admission.look, admission.specs
         self.service, self.bookings = admission.service, admission.bookings
         self.policy, self.limits = admission.policy, admission.policy.limits
 
@@ -14014,75 +14024,76 @@ class Waiting:
         except NoCapacity:
             if not request.wait:
                 raise
-        return self.line_up(request, now)
+        return self.add_to_waiting_list(request, now)
 
-    def line_up(self, request: Request, now: float) -> dict:
+    def add_to_waiting_list(self, request: Request, now: float) -> dict:
         """Writes down a request that has no room now, and waits; inside a transaction."""
-        if any(part[0].stretches for part in request.parts):
+        if any(part[0].segments for part in request.parts):
             raise Invalid(A_SERIES_WAITS, hint=RESERVE_THE_OTHERS)
-        parts = [[wish for wish in map(self.wishes.as_now, part)
-                  if wish.amount.within(self.policy.most_ever(wish))] for part in request.parts]
+        parts = [[spec for spec in map(self.specs.as_now, part)
+                  if spec.amount.within(self.policy.max_capacity(spec))] for part in request.parts]
         without = (part[0] for part, left in zip(request.parts, parts) if not left)
         lacking = next(without, request.last)
         try:
-            choose(parts, self.could_be, kind_of)
+            choose_candidates(parts, self.fits_when_empty, kind_of)
         except Conflict as refusal:
-            refusal.wish = self.admission.summed(request, lacking)
+            refusal.spec = self.admission.total_amount(request, lacking)
             raise
         self.refuse_beyond_together([part[0] for part in parts], now)
-        for wish in {wish.resource.id: wish for part in request.parts for wish in part}.values():
-            self.limits.refuse_many_waiting(wish)
+        for spec in {spec.resource.id: spec for part in request.parts for spec in part}.values():
+            self.limits.refuse_many_waiting(spec)
         return self.admission.answer_all(request,
                                          [self.wait_for(part, request, now) for part in parts])
 
-    def could_be(self, wish: Wish, taken: list[Wish]) -> Wish:
+    def fits_when_empty(self, spec: Spec, taken: list[Spec]) -> Spec:
         """A part that fits beside those before it where nothing else is booked, or NoCapacity."""
-        beside = [each.amount for each in taken if each.resource.id == wish.resource.id]
-        if not sum(beside, wish.amount).within(self.policy.most_ever(wish)):
+        beside = [each.amount for each in taken if each.resource.id == spec.resource.id]
+        if not sum(beside, spec.amount).within(self.policy.max_capacity(spec)):
             raise NoCapacity('')
-        return wish
+        return spec
 
-    def refuse_beyond_together(self, wishes: list[Wish], now: float) -> None:
+    def refuse_beyond_together(self, specs: list[Spec], now: float) -> None:
         """Refuses what is beyond a limit together, on each resource and in all."""
-        for id in dict.fromkeys([0, *(wish.resource.id for wish in wishes)]):  # 0: any resource
-            there = [wish for wish in wishes if id in (0, wish.resource.id)]
-            total = sum((wish.amount for wish in there), NOTHING)
+        for id in dict.fromkeys([0, *(spec.resource.id for spec in specs)]):  # 0: any resource
+            there = [spec for spec in specs if id in (0, spec.resource.id)]
+            total = sum((spec.amount for spec in there), NOTHING)
             place = there[0].resource._replace(id=id)
             self.limits.refuse_beyond(there[0]._replace(resource=place, vms=total.vms, whole=total),
                                       now)
 
-    def wait_for(self, wishes: list[Wish], request: Request, now: float) -> tuple:
+    def wait_for(self, specs: list[Spec], request: Request, now: float) -> tuple:
         """Writes down one part of it, which waits for the first of some resources that has room."""
-        wish = wishes[0]
+        spec = specs[0]
         choices = [[each.resource.id, bool(each.whole), stored(each.whole or each.each)]
-                   for each in wishes]
+                   for each in specs]
         columns = {'waiting': int(now), 'priority': request.priority, 'confirm': request.confirm,
                    'request': request.name,
                    'choices': json.dumps(choices) if len(choices) > 1 else ''}
-        changes = [change_to(None, wish, now, waits=True)]
-        made = self.bookings.commit(Deal('waiting', wish, changes, columns=columns), now)
-        places = ' or '.join(each.resource.name for each in wishes[:20])
-        self.service.journal(now, 'waiting', f"{counted(wish.vms, 'VM')} on {places} are not free",
-                             made.reservation, wish.notify)
-        return wish, made.reservation, []
+        changes = [change_to(None, spec, now, waits=True)]
+        made = self.bookings.commit(Deal('waiting', spec, changes, columns=columns), now)
+        places = ' or '.join(each.resource.name for each in specs[:20])
+        self.service.log_event(
+            now, 'waiting', f"{counted(spec.vms, 'VM')} on {places} are not free",
+            made.reservation, spec.notify)
+        return spec, made.reservation, []
 
-    def choices(self, found) -> list[Wish]:
-        """The wishes of which the first that has room is what waits: one for each resource."""
-        wish = self.wishes.carried_on(found)
+    def choices(self, found) -> list[Spec]:
+        """The specs of which the first that has room is what waits: one for each resource."""
+        spec = self.specs.carried_on(found)
         wanted = [(resource, {'whole' if whole else 'each': of_columns(columns)})
                   for resource, whole, columns in json.loads(found.choices or '[]')]
-        return [wish._replace(resource=place, **takes)
+        return [spec._replace(resource=place, **takes)
                 for resource, takes in wanted or [(found.resource_id, {})]
                 if (place := resource_of(resource))]
 
-    def admit_waiting(self, now: float) -> bool:
+    def serve_waiting_list(self, now: float) -> bool:
         """Gives room to those that wait, and frees what waited for a word in vain; whether those
         that wait are to be looked at once more, in their order."""
         more = self.admit_in_order(now)
-        for each in self.look.search([('r.pending <= ?', int(now)), (NOT_OVER, None),
+        for each in self.look.search([('r.pending <= ?', int(now)), (UNFINISHED, None),
                                       (NEXT_OF_ITS, None)]):
             why = f"nobody {'accepted' if each.confirm else 'approved'} it in time"
-            for part in self.look.together(each):
+            for part in self.look.parts_with(each):
                 self.admission.cancel(self.look.live(part), now, why, ends=True)
         for each in rows('SELECT DISTINCT reservation_id AS reservation, code FROM proposal '
                          'WHERE until <= ?', int(now)):
@@ -14099,10 +14110,10 @@ class Waiting:
         the next that was called already. So the line is read anew then.
         """
         for request in self.waiting_requests(now):
-            parts = [[(each, wish) for wish in self.choices(each)] for each in request]
+            parts = [[(each, spec) for spec in self.choices(each)] for each in request]
             try:
-                choose(parts, lambda choice, _: self.let_in(*choice, now),
-                       lambda part: kind_of([wish for _, wish in part]))
+                choose_candidates(parts, lambda choice, _: self.place_waiting(*choice, now),
+                                  lambda part: kind_of([spec for _, spec in part]))
             # without room, or beyond a limit within which it was when it was asked for
             except Conflict as error:
                 self.try_later(request, not isinstance(error, NoCapacity), now)
@@ -14114,7 +14125,7 @@ class Waiting:
 
     def leave_as_it_was(self, reservation: int, now: float, why: str) -> None:
         """Drops what is asked of a reservation and its other parts, and tells of it."""
-        for part in self.look.together(self.look.next_of(reservation)):
+        for part in self.look.parts_with(self.look.next_of(reservation)):
             if self.bookings.drop_proposals(part.reservation):
                 self.service.tell(now, 'rejected', why, part)
 
@@ -14147,7 +14158,7 @@ class Waiting:
         """Notes when those without room are tried again, if nothing is given back before: of a
         window that has begun, what is held by others goes by with the next change of level."""
         for each in request:
-            names = {name for wish in self.choices(each) for name in wish.amount.names}
+            names = {name for spec in self.choices(each) for name in spec.amount.names}
             for wait in rows('SELECT id, resource_id FROM wait WHERE reservation_id = ?',
                              each.reservation):
                 later = now + 60 if limited else each.held_from
@@ -14163,12 +14174,12 @@ class Waiting:
         found += [ledger.after(resource, track, now) for track in tracks]
         return min([until, *filter(None, found)])
 
-    def let_in(self, found, wish: Wish, now: float) -> None:
+    def place_waiting(self, found, spec: Spec, now: float) -> None:
         """Gives room to what waits, as it is wished on one resource, or raises a Conflict."""
-        place = wish.resource
+        place = spec.resource
         held = place.approval or found.confirm
         pending = int(now) + held if held else None
-        self.bookings.commit(Deal('admitted', wish, [change_to(found, wish, now)], found, {
+        self.bookings.commit(Deal('admitted', spec, [change_to(found, spec, now)], found, {
             'waiting': None, 'pending': pending, 'choices': '',
             'confirm': 0 if place.approval else found.confirm}), now)
         whose = ('an admin must approve it' if place.approval
@@ -14189,11 +14200,11 @@ class Waiting:
 class Offers:
     """Explains refusals."""
 
-    def __init__(self, service: Service, wishes: Wishes, reasons: Reasons, bookings: Bookings):
-        self.service, self.wishes, self.reasons, self.bookings = service, wishes, reasons, bookings
+    def __init__(self, service: Service, specs: SpecReader, reasons: Reasons, bookings: Bookings):
+        self.service, self.specs, self.reasons, self.bookings = service, specs, reasons, bookings
 
     @contextmanager
-    def recording_refusal(self, wish: Wish, dry_run: bool) -> Iterator[None]:
+    def recording_refusal(self, spec: Spec, dry_run: bool) -> Iterator[None]:
         """Writes down that a request was refused for want of capacity or by a limit.
 
         Only the operator is told: who asks has the answer, and may have named anybody to notify.
@@ -14203,18 +14214,19 @@ class Offers:
         except Conflict as refusal:
             if not dry_run and (isinstance(refusal, NoCapacity) or 'limit' in refusal.details):
                 with transaction(on=frozenset()):
-                    sentence = f"'{wish.label}' of {wish.user}: {refusal}"
-                    journal(self.service.config, self.service.clock(), wish.user, 'refused',
-                            sentence, None, project=wish.project, resource=wish.resource.id)
+                    sentence = f"'{spec.label}' of {spec.user}: {refusal}"
+                    log_event(self.service.config, self.service.clock(), spec.user, 'refused',
+                              sentence, None, project=spec.project, resource=spec.resource.id)
             raise
 
     @contextmanager
-    def explaining(self, wish: Wish, old=None, deed: Callable[[Wish, str], Any] | None = None):
+    def with_suggestions(self, spec: Spec, old=None,
+                         deed: Callable[[Spec, str], Any] | None = None):
         """Makes of a bare NoCapacity one that says why; in a rehearsal also what would fit.
 
         Args:
           old: the occurrence that was to change
-          deed: does what was asked with another wish, of which one field is otherwise
+          deed: does what was asked with another spec, of which one field is otherwise
         """
         try:
             with Attempt() if rehearsal.on else nullcontext():
@@ -14223,63 +14235,63 @@ class Offers:
             if deed and not rehearsal.on:
                 raise
             with undone():
-                wish = self.wishes.as_now(getattr(refusal, 'wish', wish))
-                why, more, offers = self.explained(refusal, wish, old, bool(deed))
+                spec = self.specs.as_now(getattr(refusal, 'spec', spec))
+                why, more, offers = self.explained(refusal, spec, old, bool(deed))
                 more = refusal.details | more | (self.tested(deed, offers) if deed else {})
                 raise NoCapacity(why, **more) from None
 
-    def explained(self, refusal: NoCapacity, wish: Wish, old,
+    def explained(self, refusal: NoCapacity, spec: Spec, old,
                   offering: bool) -> tuple[str, dict, dict]:
         """The sentence of a refusal, what is in the way, and what might be offered, best first."""
-        if wish.stretches:  # a series tells by itself
+        if spec.segments:  # a series tells by itself
             fitting = 0 if old else getattr(refusal, 'most_vms', 0)
-            offers = [(fitting, with_vms(wish, fitting))] if fitting else []
+            offers = [(fitting, with_vms(spec, fitting))] if fitting else []
             return str(refusal) or A_MOMENT_AGO, {}, {'most_vms': offers}
         with self.bookings.as_if_without(old):  # it is not in its own way
-            lack = self.reasons.lack(wish)
-            why = str(refusal) or self.reasons.why_not(wish, lack)
+            lack = self.reasons.lack(spec)
+            why = str(refusal) or self.reasons.capacity_message(spec, lack)
             if not offering:
                 return why, {}, {}
             more = {} if str(refusal) else self.reasons.in_the_way(
-                wish, lack, old.reservation if old else 0)
-            later = self.later(wish, getattr(refusal, 'others', ()))
+                spec, lack, old.reservation if old else 0)
+            later = self.later(spec, getattr(refusal, 'others', ()))
             return why, more, {
                 'next_start': [*itertools.islice(later, MOST_OFFERS)],
-                'most_vms': [*self.reasons.fewer(wish, lack, old)],
-                'longest': [*self.shorter(wish, old)]}
+                'most_vms': [*self.reasons.fewer(spec, lack, old)],
+                'longest': [*self.shorter(spec, old)]}
 
-    def tested(self, deed: Callable[[Wish, str], Any], offers: dict[str, list]) -> dict:
+    def tested(self, deed: Callable[[Spec, str], Any], offers: dict[str, list]) -> dict:
         """Of each offer the first that would be admitted, decided as a request is."""
         found = {}
         for name, candidates in offers.items():
-            for offer, wish in candidates:
+            for offer, spec in candidates:
                 replans.searches = 0
                 with suppress(Error), undone():
-                    deed(wish, OFFERS[name])
+                    deed(spec, OFFERS[name])
                     found[name] = offer
-                    found |= {'latest_end': instant(wish.end)} if name == 'longest' else {}
+                    found |= {'latest_end': instant(spec.end)} if name == 'longest' else {}
                     break
         return found
 
-    def later(self, wish: Wish, others: Iterable[int]) -> Iterator[tuple[datetime, Wish]]:
+    def later(self, spec: Spec, others: Iterable[int]) -> Iterator[tuple[datetime, Spec]]:
         """The same later: where there is room, and when something ends that was in the way."""
-        begin, need = max(wish.held[0], int(self.service.clock())), wish.held[1] - wish.held[0]
-        ends = self.ends_after(wish, begin, others)
-        for first, last in free_slots(wish.resource, wish.amount, wish, begin,
+        begin, need = max(spec.held[0], int(self.service.clock())), spec.held[1] - spec.held[0]
+        ends = self.ends_after(spec, begin, others)
+        for first, last in free_slots(spec.resource, spec.amount, spec, begin,
                                       LAST.timestamp(), need):
             inside = [at for at in ends if first < at <= last - need]
             for at in [int(first), *inside]:
-                start = at + wish.lead
-                yield instant(start), wish._replace(start=start, end=start + wish.end - wish.start)
+                start = at + spec.lead
+                yield instant(start), spec._replace(start=start, end=start + spec.end - spec.start)
 
-    def ends_after(self, wish: Wish, begin: int, others: Iterable[int]) -> list[int]:
+    def ends_after(self, spec: Spec, begin: int, others: Iterable[int]) -> list[int]:
         """When things end that count against the same limits, wait, or are on some resources."""
         if not (others or standing().limits or standing().waits):
             return []
         most, later = 10 * MOST_OFFERS, ('o."end" > ?', begin)
         found = walk(self.service.clock(), WAYS['waiting'], [('o.due IS NOT NULL',), later], most)
-        whose = [('project', 'o.of_project = ?', wish.project),
-                 ('user', 'o.of_user = ?', wish.user)]
+        whose = [('project', 'o.of_project = ?', spec.project),
+                 ('user', 'o.of_user = ?', spec.user)]
         whose += [('place', 'o.resource_id = ?', each) for each in others]
         for way, condition, value in whose:
             ways = overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
@@ -14289,17 +14301,17 @@ class Offers:
                    json.dumps([id for _, id in found]))
         return sorted({end for end, in ends})[:most]
 
-    def shorter(self, wish: Wish, old) -> Iterator[tuple[str, Wish]]:
+    def shorter(self, spec: Spec, old) -> Iterator[tuple[str, Spec]]:
         """The same as long as there is room, if that is longer than what it has already."""
-        begin, _ = self.reasons.to_come(wish)
-        first, last = next(free_slots(wish.resource, wish.amount, wish, begin, wish.end,
+        begin, _ = self.reasons.to_come(spec)
+        first, last = next(free_slots(spec.resource, spec.amount, spec, begin, spec.end,
                                       1), (None, 0))
-        length, before = int(last) - wish.start, old.end - old.start if old else 0
-        if first == begin and before < length < wish.end - wish.start:
+        length, before = int(last) - spec.start, old.end - old.start if old else 0
+        if first == begin and before < length < spec.end - spec.start:
             text = format_duration(length)
             # As it will be read: days are by the clocks.
-            _, end = self.service.resolve(instant(wish.start), parse_duration(text))
-            yield text, wish._replace(end=end)
+            _, end = self.service.resolve(instant(spec.start), parse_duration(text))
+            yield text, spec._replace(end=end)
 
 
 class Operations(Service):
@@ -14308,14 +14320,14 @@ class Operations(Service):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.look = Lookup(self)
-        self.wishes, self.reasons = Wishes(self, self.look), Reasons(self)
+        self.specs, self.reasons = SpecReader(self, self.look), Reasons(self)
         self.limits = Limits(self)
         self.policy = Policy(self, self.look, self.limits, self.reasons)
         self.bookings = Bookings(self, self.policy, self.reasons)
-        self.series = Series(self, self.look, self.wishes, self.bookings)
-        self.admission = Admission(self.look, self.wishes, self.series, self.reasons)
+        self.series = Series(self, self.look, self.specs, self.bookings)
+        self.admission = Admission(self.look, self.specs, self.series, self.reasons)
         self.waiting = Waiting(self.admission)
-        self.offers = Offers(self, self.wishes, self.reasons, self.bookings)
+        self.offers = Offers(self, self.specs, self.reasons, self.bookings)
 
 
 # Approval ####################################################################
@@ -14345,7 +14357,7 @@ class Approvals(Operations):
             for each in pending:
                 self.settle(each, 'approved', now)
             for proposal, each in proposals:
-                with self.offers.explaining(restored_wish(proposal.wish), each):
+                with self.offers.with_suggestions(restored_spec(proposal.wish), each):
                     self.admission.grant(proposal, now)
                 said = self.because(f'{self.actor.user} approved the change')
                 self.tell(now, 'approved', said, each)
@@ -14377,7 +14389,7 @@ class Approvals(Operations):
         with self.writing(dry_run) as now:
             found, pending, proposals = self.pending_of(label, project)
             why = f"rejected by {self.actor.user}{f': {reason}' if reason else ''}"
-            parts = self.look.together(pending[0]) if pending else found
+            parts = self.look.parts_with(pending[0]) if pending else found
             for each in parts if pending else ():
                 self.admission.cancel(self.look.live(each), now, why, ends=True)
             for _, each in proposals if not pending else ():
@@ -14394,19 +14406,19 @@ class Approvals(Operations):
                             'AND until > ?', id, UNDO, self.actor.user, now)
                 if not found:
                     raise Conflict(TOO_LATE)
-                old, wish = self.look.occurrence(found.occurrence), restored_wish(found.wish)
+                old, spec = self.look.occurrence(found.occurrence), restored_spec(found.wish)
                 self.look.mine(old.label, old.project, live=False)  # of whoever may change it
-                with self.offers.explaining(wish, old):
+                with self.offers.with_suggestions(spec, old):
                     self.admission.grant(found, now)
                 asked = dict.fromkeys(json.loads(found.asked))
-                self.tell_change(old, wish, asked, [], 'updated', now)
+                self.tell_change(old, spec, asked, [], 'updated', now)
                 labels.append(old.label)
             return labels
         return self.carry_out(deed)
 
     def settle(self, found, deed: str, now: float) -> None:
         """Lets a reservation be that waited for a word."""
-        self.bookings.commit(Deal('granted', self.wishes.carried_on(found), [], found,
+        self.bookings.commit(Deal('granted', self.specs.carried_on(found), [], found,
                                   {'pending': None}), now)
         run('UPDATE occurrence SET due = ? WHERE reservation_id = ? AND due IS NOT NULL', now,
             found.reservation)
@@ -14430,7 +14442,7 @@ class Approvals(Operations):
         waits = ('SELECT id FROM reservation WHERE pending IS NOT NULL '
                  f"UNION SELECT reservation_id FROM ({PROPOSED}) p")
         return [public(each) for each in self.look.search(
-            [*self.look.visible(), (f'r.id IN ({waits})', None), (NOT_OVER, None),
+            [*self.look.visible(), (f'r.id IN ({waits})', None), (UNFINISHED, None),
              (NEXT_OF_ITS, None)], limit=1000)]
 
     def told_parts(self, label: str, found: list) -> dict:
@@ -14459,7 +14471,7 @@ FROM_WHEN = (f"CASE WHEN {STAGED} OR {LATER} THEN "
 
 
 def note_later(by: Actor, due: float, calls: list[tuple[str, dict]], about: list = ()) -> str:
-    """Lets the life cycle call operations at an instant, unless the fact that it names is gone;
+    """Lets the scheduler call operations at an instant, unless the fact that it names is gone;
     `about`: of each that can be taken back its label, project and occurrence, 0 for all of them."""
     name = f'later-{secrets.token_hex(8)}'
     note_fact(name, f'{due:.3f} ' + json.dumps({
@@ -14488,7 +14500,7 @@ class Staged:
     """What is written in pieces, and is real when the last one is.
 
     Until then nothing starts and nobody is told. It holds its capacity from the first piece on, so
-    that the last can't fail. What is not made real is erased, by the life cycle after a crash.
+    that the last can't fail. What is not made real is erased, by the scheduler after a crash.
     """
 
     def __init__(self, service: Service, name: str = ''):
@@ -14503,7 +14515,7 @@ class Staged:
     def begin(self) -> None:
         """Notes where a piece begins; all but `drop_all` are called inside a transaction.
 
-        NoCapacity if the life cycle has dropped those before it, as this process stood still.
+        NoCapacity if the scheduler has dropped those before it, as this process stood still.
         """
         left = self.noted()
         if left != self.pieces:
@@ -14593,8 +14605,9 @@ class Requests(Operations):
         last = requests[-1]
 
         def deed(now: float) -> dict:
-            with self.offers.explaining(last.last, None, lambda *other: self.admission.instead(
-                    last, *other, self.clock())):
+            with self.offers.with_suggestions(
+                    last.last, None,
+                    lambda *other: self.admission.instead(last, *other, self.clock())):
                 answer = self.take_first(requests, now)
             also(answer)
             return answer
@@ -14602,11 +14615,11 @@ class Requests(Operations):
         def locks() -> Iterator[tuple[int, int | str]]:
             for request in requests:
                 yield On.LABEL, f'{request.last.project}/{request.label}'
-                for wish in itertools.chain(*request.parts):
-                    yield On.RESOURCE, wish.resource.id
-                    yield from wish_locks(wish)
+                for spec in itertools.chain(*request.parts):
+                    yield On.RESOURCE, spec.resource.id
+                    yield from spec_locks(spec)
                     if not remembered.lately or remembered.lately.limits:
-                        yield from self.limits.counted_for(wish)
+                        yield from self.limits.counted_for(spec)
         with self.offers.recording_refusal(last.last._replace(label=last.label), dry_run):
             return self.carry_out(deed, dry_run, locks)
 
@@ -14625,7 +14638,7 @@ class Requests(Operations):
         names = ([f"{asked['label']}-{n}" for n, _ in enumerate(parts, 1)] if len(parts) > 1
                  else [asked['label']])
         return Request(asked['label'],
-                       [self.wishes_of(part | {'label': name}) for part, name in zip(parts, names)],
+                       [self.specs_of(part | {'label': name}) for part, name in zip(parts, names)],
                        asked['wait'], asked['priority'], seconds_of(asked['accept_within']))
 
     def parts_asked(self, asked: dict) -> list[dict]:
@@ -14642,9 +14655,9 @@ class Requests(Operations):
             raise Invalid(f'A group has at most {MOST_PARTS} parts, not {len(parts)}.')
         return parts
 
-    def wishes_of(self, asked: dict) -> list[Wish]:
-        """A wish for each resource that is meant, without those where it could never be."""
-        return self.on_each(asked, lambda place: self.wishes.read_wish(
+    def specs_of(self, asked: dict) -> list[Spec]:
+        """A spec for each resource that is meant, without those where it could never be."""
+        return self.on_each(asked, lambda place: self.specs.read_spec(
             asked | {'resource': place.name}, place=place))
 
     def on_each(self, asked: dict, read: Callable) -> list:
@@ -14719,7 +14732,7 @@ class Requests(Operations):
         taken, refused = [], []
         for line, request in lines:
             try:
-                with Attempt(), self.offers.explaining(request.last):
+                with Attempt(), self.offers.with_suggestions(request.last):
                     taken.append(self.waiting.take(request, now))
             except Error as error:
                 if not (partial or rehearsal.on):
@@ -14800,11 +14813,11 @@ class Requests(Operations):
 
     def over(self, before: str, limit: int) -> list[dict]:
         """What has ended or was cancelled and has begun before now, the latest first."""
-        filters, where = self.look.filtered(dict.fromkeys(('user', 'project', 'resource', *PLACE),
-                                                          ''))
+        filters, where = self.look.filtered(
+            dict.fromkeys(('user', 'project', 'resource', *LOCATION), ''))
         begun = [('o.start <= ?', int(self.clock()))]
         return [public(each) for each in self.look.page(
-            self.look.ways_by(filters, BOTH), where + begun, OVER, limit, before, latest=True,
+            self.look.ways_by(filters, BOTH), where + begun, FINISHED, limit, before, latest=True,
             fields=BRIEF)]
 
     def matching(self, label: str, asked: dict, state: Iterable[str], start, end, limit: int,
@@ -14812,9 +14825,9 @@ class Requests(Operations):
         """A page of what the filters of `list` meet."""
         where = self.look.window(start, end)
         if not (label or start or end):
-            where.append((f'({NEXT_OF_ITS} OR NOT ({NOT_OVER}))',))
+            where.append((f'({NEXT_OF_ITS} OR NOT ({UNFINISHED}))',))
         if not (label or state or start or end):
-            state = [word for word in STATES if word not in OVER]
+            state = [word for word in STATES if word not in FINISHED]
         filters, also = self.look.filtered(asked)
         ways = self.look.ways(filters, state, int(where[0][1]) if start else None)
         if label:
@@ -14967,9 +14980,9 @@ class Requests(Operations):
             old = self.look.mine(label, project, occurrence=occurrence)
             asked = {'end': end(old)}
             place = resource_of(old.resource_id)
-            wish = self.wishes.read_wish(self.wishes.unaltered(old) | asked, old, asked,
-                                         place=place)
-            return self.altered(old, wish, asked, now, code, named=not old.repeats,
+            spec = self.specs.read_spec(self.specs.original_arguments(old) | asked, old, asked,
+                                        place=place)
+            return self.altered(old, spec, asked, now, code, named=not old.repeats,
                                 only=bool(old.repeats))
         return self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
 
@@ -14997,7 +15010,7 @@ class Requests(Operations):
         def deed(now: float) -> dict:
             found = self.look.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
-                coming = [('r.id = ?', found.reservation), (NOT_OVER, None),
+                coming = [('r.id = ?', found.reservation), (UNFINISHED, None),
                           ('o.held_from > ?', now)]
                 found = (self.look.search(coming, limit=1) or [found])[0]
             if now >= found.held_from:
@@ -15015,18 +15028,18 @@ class Requests(Operations):
             if found.over <= now:
                 self.policy.refuse_taken(found.project, found.label, now)
             place = resource_of(slot.resource, removed=True)
-            wish = self.wishes.carried_on(found)._replace(
+            spec = self.specs.carried_on(found)._replace(
                 resource=place, start=slot.start, end=slot.end, vms=slot.vms, on_conflict='refuse')
             if not old:  # it was never there
-                one = self.series.change_at(wish, slot, None, now).after
+                one = self.series.change_at(spec, slot, None, now).after
                 gone = change_to(None, one, now, slot.key, waits=True, **unheld(now))
-                self.bookings.commit(Deal('left out', wish, [gone], found), now)
+                self.bookings.commit(Deal('left out', spec, [gone], found), now)
             id = row('SELECT id FROM occurrence WHERE reservation_id = ? AND slot = ?',
                      found.reservation, slot.key).id
-            if self.admission.commit_back(self.look.occurrence(id), wish, now):
+            if self.admission.commit_back(self.look.occurrence(id), spec, now):
                 why = f'{self.actor.user} restored the occurrence of '
-                self.journal(now, 'updated', why + self.config.told_time(slot.start),
-                             found.reservation, wish.notify, id)
+                self.log_event(now, 'updated', why + self.config.told_time(slot.start),
+                               found.reservation, spec.notify, id)
             return public(self.look.occurrence(id))
         return self.carry_out(deed, dry_run)
 
@@ -15040,9 +15053,9 @@ class Requests(Operations):
         there = {each.slot: each for each in rows(
             'SELECT * FROM occurrence WHERE reservation_id = ? AND "end" > ?',
             found.reservation, int(now))}
-        stretches = [each._replace(skips=()) for each in self.look.stretches(found.reservation)]
-        last = max(self.series.horizon(stretches, now), until if asked else 0, begin + 1)
-        for slot in all_slots(stretches, now, last):
+        segments = [each._replace(skips=()) for each in self.look.segments(found.reservation)]
+        last = max(self.series.horizon(segments, now), until if asked else 0, begin + 1)
+        for slot in all_slots(segments, now, last):
             old = there.get(slot.key)
             meant = begin <= slot.start < until or old and begin <= old.start < until
             gone = old.cancelled is not None if old else asked
@@ -15058,21 +15071,21 @@ class Requests(Operations):
             raise Invalid('Choose what to change.', hint='for example --end or --vms')
         # what the cloud was asked about may be out of date by the time we write
         for _ in range(10):
-            old, stretches, key = self.to_alter(label, project, occurrence, asked)
+            old, segments, key = self.to_alter(label, project, occurrence, asked)
             asked = self.on_its_day(asked, old)
             only = alone and bool(occurrence) and bool(old.repeats)
             self.refuse_common(old, asked, occurrence, only)
-            stretches = [] if only else stretches
-            wish = self.wishes.read_wish(self.wishes.unaltered(old) | asked, old, asked, stretches,
-                                         key)
+            segments = [] if only else segments
+            spec = self.specs.read_spec(self.specs.original_arguments(old) | asked, old, asked,
+                                        segments, key)
             named = bool(occurrence) and not only
 
             def deed(now: float) -> dict | None:
-                current, series = self.look.occurrence(old.id), self.look.stretches(old.reservation)
+                current, series = self.look.occurrence(old.id), self.look.segments(old.reservation)
                 if any(getattr(current, name) != getattr(old, name) for name in UNCHANGED) or (
-                        stretches and series != stretches):
+                        segments and series != segments):
                     return None
-                return self.altered(current, wish, asked, now, 'updated', named, only)
+                return self.altered(current, spec, asked, now, 'updated', named, only)
             with self.shares.paced():
                 answer = self.carry_out(deed, dry_run, lambda: self.places_of(label, project))
             if answer:
@@ -15084,18 +15097,18 @@ class Requests(Operations):
         end the next one after the start, or near the old end of what takes long."""
         start, end = asked.get('start'), asked.get('end')
         if getattr(start, 'bare', False):
-            day = typed_wall(instant(old.start), start.zone).date()
-            asked = asked | {'start': at_clock(datetime.combine(day, start.wall.time()),
+            day = typed_local(instant(old.start), start.zone).date()
+            asked = asked | {'start': at_clock(datetime.combine(day, start.local.time()),
                                                start.zone)}
         if getattr(end, 'bare', False):
             begin = asked.get('start') or instant(old.start)
             begin = self.here.now + begin if isinstance(begin, timedelta) else begin
             near = begin + timedelta(seconds=old.end - old.start - DAY // 2)
-            asked = asked | {'end': spoken_time(f'{end.wall:%H:%M:%S}', end.zone,
+            asked = asked | {'end': spoken_time(f'{end.local:%H:%M:%S}', end.zone,
                                                 max(begin, near), begin)}
         return asked
 
-    def altered(self, old, wish: Wish, asked: dict, now: float, code: str, named: bool,
+    def altered(self, old, spec: Spec, asked: dict, now: float, code: str, named: bool,
                 only: bool) -> dict:
         """Changes what was read in the same transaction, and answers; nothing if all is the same.
 
@@ -15103,25 +15116,25 @@ class Requests(Operations):
           named: it was named, so that it changes also if it was changed on its own before
           only: no other occurrence changes
         """
-        def deal(wish: Wish, *otherwise: str) -> Deal:
-            return self.admission.edit(old, wish, {*asked, *otherwise}, now, code, named, only)
-        wanted = deal(wish)
-        done, undoes = wanted.same, self.undo_for and not (wish.stretches or rehearsal.on)
+        def deal(spec: Spec, *otherwise: str) -> Deal:
+            return self.admission.edit(old, spec, {*asked, *otherwise}, now, code, named, only)
+        wanted = deal(spec)
+        done, undoes = wanted.same, self.undo_for and not (spec.segments or rehearsal.on)
         had = self.bookings.holds(old.reservation) if undoes else []
         if not self.admission.is_as_before(wanted):
-            with self.offers.explaining(wish, old, lambda *other: self.bookings.commit(
+            with self.offers.with_suggestions(spec, old, lambda *other: self.bookings.commit(
                     deal(*other), now)):
                 made = self.bookings.commit(wanted, now)
             done = made.done if made else []
             if made:
-                self.tell_change(old, wish, asked, done, code, now)
+                self.tell_change(old, spec, asked, done, code, now)
             if made and undoes:
-                back = self.wishes.carried_on(old)._replace(
+                back = self.specs.carried_on(old)._replace(
                     resource=resource_of(old.resource_id), on_conflict=old.on_conflict,
-                    stretches=[])
+                    segments=[])
                 self.bookings.keep_for_undo(wanted._replace(
-                    code=UNDO, wish=back, old=self.look.occurrence(old.id)), had, now)
-        return self.admission.answer(old.reservation, done, wish, old.id if only else None)
+                    code=UNDO, spec=back, old=self.look.occurrence(old.id)), had, now)
+        return self.admission.answer(old.reservation, done, spec, old.id if only else None)
 
     def refuse_common(self, old, asked: dict, occurrence: datetime | None, only: bool) -> None:
         """Refuses to change for some occurrences of a series what all of them have in common."""
@@ -15132,32 +15145,32 @@ class Requests(Operations):
                           f"occurrences you can change {', '.join(sorted(OWN))}.")
 
     def to_alter(self, label: str, project: str, occurrence: datetime | None, asked: dict) -> tuple:
-        """The occurrence that a change is told for, its stretches, the slot from which on."""
+        """The occurrence that a change is told for, its segments, the slot from which on."""
         old = self.look.mine(label, project, occurrence=occurrence)
         key = old.slot
         # all that has not begun
         if old.repeats and not occurrence and asked.keys() & (OWN | REPEATING):
-            coming = self.look.search([('r.id = ?', old.reservation), (NOT_OVER, None),
+            coming = self.look.search([('r.id = ?', old.reservation), (UNFINISHED, None),
                                        ('o.held_from > ?', self.clock())])
             # One that was moved on its own is no measure for the others.
             old = next((each for each in coming if not each.altered), (coming or [old])[0])
             key = min((each.slot for each in coming), default=old.slot)
-        return old, self.look.stretches(old.reservation), key
+        return old, self.look.segments(old.reservation), key
 
-    def tell_change(self, old, wish: Wish, asked: dict, done: list, code: str, now: float) -> None:
+    def tell_change(self, old, spec: Spec, asked: dict, done: list, code: str, now: float) -> None:
         """Writes down that a reservation was changed."""
-        what = self.in_words_changed(old, wish, asked)
-        tells = wish.notify if self.actor.user != old.user or code != 'updated' else None
-        self.journal(now, code, self.because(f'{self.actor.user} changed {what}'),
-                     old.reservation, tells, NONE_OF_THEM if done or not old.repeats else
-                     None if wish.stretches else old.id)
+        what = self.in_words_changed(old, spec, asked)
+        tells = spec.notify if self.actor.user != old.user or code != 'updated' else None
+        self.log_event(now, code, self.because(f'{self.actor.user} changed {what}'),
+                       old.reservation, tells, NONE_OF_THEM if done or not old.repeats else
+                       None if spec.segments else old.id)
 
-    def in_words_changed(self, old, wish: Wish, asked: dict) -> str:
+    def in_words_changed(self, old, spec: Spec, asked: dict) -> str:
         """What is otherwise in a reservation, old and new."""
-        before, after = public(old), wish.columns(*STORED) | {
-            'resource': wish.resource.name, 'start': instant(wish.start),
-            'end': instant(wish.end), 'vms': wish.vms}
-        zone = read_zone(wish.tz or self.config.timezone)
+        before, after = public(old), spec.columns(*STORED) | {
+            'resource': spec.resource.name, 'start': instant(spec.start),
+            'end': instant(spec.end), 'vms': spec.vms}
+        zone = read_zone(spec.tz or self.config.timezone)
 
         def shown(value) -> str:
             moment = isinstance(value, datetime)
@@ -15224,7 +15237,7 @@ class Requests(Operations):
         exact = [('o.vms = ?', asked['vms']), ('o.start = ?', start and begin),
                  ('o."end" = ?', end and until)]
         filters, where = self.look.filtered(asked)
-        where += [*(each for each in exact if each[1]), (NOT_OVER,), (NEXT_OF_ITS,)]
+        where += [*(each for each in exact if each[1]), (UNFINISHED,), (NEXT_OF_ITS,)]
         ways = self.look.ways_by(filters, BOTH[:1])
         if asked['label']:
             ways = self.by_label(asked['label'], filters, where)
@@ -15256,7 +15269,7 @@ class Requests(Operations):
             self.admission.cancel(self.look.live(each), now, ends=True)
 
     def note_rest(self, left: deque, now: float) -> str:
-        """Lets the life cycle cancel what is left, if this process does not; the fact of that."""
+        """Lets the scheduler cancel what is left, if this process does not; the fact of that."""
         return note_later(self.actor, now + GOES_ON, [('delete', {
             'label': each.label, 'project': each.project, 'reason': self.reason,
             'start': f'{instant(each.start)}', 'end': f'{instant(each.end)}'}) for each in left])
@@ -15297,11 +15310,11 @@ class Requests(Operations):
                 change(Server, each.id, goal='delete', state='shutoff', due=now)
             for reservation in {each.reservation for each in found}:
                 self.bookings.count_stopped(reservation, now)
-            self.journal(now, 'released',
-                         f"{self.actor.user} deletes {counted(len(found), 'VM')} that stayed "
-                         'after the end: '
-                         f"{', '.join((each.name for each in found[:20]))}", found[0].reservation,
-                         (), NONE_OF_THEM)
+            self.log_event(now, 'released',
+                           f"{self.actor.user} deletes {counted(len(found), 'VM')} that stayed "
+                           'after the end: '
+                           f"{', '.join((each.name for each in found[:20]))}", found[0].reservation,
+                           (), NONE_OF_THEM)
             return [public(each) for each in found]
 
     def refuse_uncounted(self, found: list, asked: dict) -> None:
@@ -15339,8 +15352,8 @@ class Requests(Operations):
         by_hand = Amount(classes=tuple(sorted((classes or {}).items())))
 
         def needed(place) -> tuple:
-            known = self.wishes.ask_cloud(place, {'flavor': flavor}, [])
-            return place, (self.wishes.each_takes(known, place) + by_hand) * vms
+            known = self.specs.ask_cloud(place, {'flavor': flavor}, [])
+            return place, (self.specs.amount_per_vm(known, place) + by_hand) * vms
         for place, amount in self.on_each({'resource': resource, 'classes': classes}, needed):
             slots = free_slots(place, amount, None, begin - ahead, until, need + ahead)
             found += [(first + ahead, place.name, last)
@@ -15363,7 +15376,7 @@ class Requests(Operations):
             if dict(held.classes).get(CLOSED):
                 return 0
             return None if place.vms is None else place.vms - held.vms
-        return [{'start': instant(at), 'end': instant(after), **in_figures(held),
+        return [{'start': instant(at), 'end': instant(after), **by_class(held),
                  'free_vms': free(held)} for (at, held), (after, _) in zip(levels, levels[1:])]
 
 
@@ -15377,13 +15390,14 @@ class Requests(Operations):
 RESOURCE_LENGTHS = {'min_free_time': 'hold', 'approval': 'approval', 'no_show': 'no_show',
                     'lock': 'lock'}
 #: What is said of a resource: the type, and what it is if nobody says.
-RESOURCE_ANEW = dict.fromkeys(PLACE, (Name, '')) | {
+RESOURCE_ANEW = dict.fromkeys(LOCATION, (Name, '')) | {
     'vms': (Most, UNLIMITED), 'vcpus': (Most, UNLIMITED), 'ram': (MostMemory, UNLIMITED),
     'classes': (Classes, None), 'mode': (Name, ''), **dict.fromkeys(RESOURCE_LENGTHS, (Span, None)),
     'default_flavor': (Name, ''), 'default_image': (Name, ''), 'default_vms': (Figure, None)}
 RESOURCE_OTHERWISE = {name: (kind, None) for name, (kind, _) in RESOURCE_ANEW.items()}
 NEW_RESOURCE = dict.fromkeys((*RESOURCE_LENGTHS.values(), 'default_vms'), 0) | dict.fromkeys(
-    (*PLACE, 'mode', 'classes', 'named', 'default_flavor', 'default_image'), '') | {'hosts': '[]'}
+    (*LOCATION, 'mode', 'classes', 'named', 'default_flavor', 'default_image'), '') | {
+        'hosts': '[]'}
 
 
 class Plan(Operations):
@@ -15409,7 +15423,7 @@ class Plan(Operations):
             id = insert(Limit, project=project, user=user, resource=self.look.id_of(resource),
                         figures=json.dumps(said), added=int(now),
                         exempt=seconds_of(exempt_within), lock=seconds_of(lock))
-            self.journal(now, 'limit', f"limited {user or project or 'every project'}")
+            self.log_event(now, 'limit', f"limited {user or project or 'every project'}")
             return shown_limit(row(f'{LIMITS} WHERE l.id = ?', id))
 
     @api('GET', '/limit/')
@@ -15428,7 +15442,7 @@ class Plan(Operations):
                 raise NotFound(f'There is no limit {id}.')
             run('DELETE FROM limits WHERE id = ?', id)
             run('UPDATE wait SET due = 0 WHERE limited')
-            self.journal(now, 'limit', f'removed limit {id}')
+            self.log_event(now, 'limit', f'removed limit {id}')
             return shown_limit(found)
 
     @api('POST', '/resource/',
@@ -15445,7 +15459,7 @@ class Plan(Operations):
             self.policy.refuse_taken_resource(name)
             new = NEW_RESOURCE | self.read_resource(NEW_RESOURCE, asked)
             insert(Resource, name=name, added=int(now), **new)
-            self.journal(now, 'resource', f"added the resource '{name}'")
+            self.log_event(now, 'resource', f"added the resource '{name}'")
             return self.resource_show(name) | self.unknown_cloud(asked['cloud'])
 
     def unknown_cloud(self, cloud: str | None) -> dict:
@@ -15470,7 +15484,7 @@ class Plan(Operations):
         """Shows a resource, and how much of it is reserved now."""
         found = self.look.resource_row(name)
         held = level(found.id, self.clock(), capacity(found).names)
-        used = in_figures(held)
+        used = by_class(held)
         how = 'hosts' if planned_by_host(found.id) else 'sum'
         return self.resource_public(found) | {'planned_by': how, 'held_now': used, 'used_now': used}
 
@@ -15503,18 +15517,18 @@ class Plan(Operations):
                 self.keep_spare(found, now)
             gone = (self.must_go(found, int(now), int(LAST.timestamp()))
                     if lowered(capacity(before), capacity(found)) else [])
-            homeless = [*map(public, self.look.in_order(gone, fields=SLIM)[:1000])]
-            self.refuse_homeless(name, [] if force else homeless)
-            self.journal(now, 'resource',
-                         f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
+            affected = [*map(public, self.look.in_order(gone, fields=SLIM)[:1000])]
+            self.refuse_affected(name, [] if force else affected)
+            self.log_event(now, 'resource',
+                           f"changed the resource '{name}': {', '.join(new) or 'nothing'}")
             return self.resource_public(found) | {
-                'no_longer_fit': homeless} | self.unknown_cloud(asked['cloud'])
+                'no_longer_fit': affected} | self.unknown_cloud(asked['cloud'])
 
     def read_resource(self, before: dict, asked: dict) -> dict:
         """The columns that a resource is given; Invalid where one has no use."""
         given = {name: value for name, value in asked.items() if value is not None}
         new = {name: None if given[name] == UNLIMITED else given[name]
-               for name in (*PLACE, *FIGURES, 'spare', 'flavors', 'user_started')
+               for name in (*LOCATION, *FIGURES, 'spare', 'flavors', 'user_started')
                if name in given}
         new |= {field: seconds_of(given[name]) for name, field in RESOURCE_LENGTHS.items()
                 if name in given}
@@ -15541,14 +15555,14 @@ class Plan(Operations):
                           f'%"resource":{found.id},%')  # a series may come back to it
             if busy or needed:
                 labels = sorted({each.label for each in busy + needed})
-                live = needed or any(each.state not in OVER for each in busy)
+                live = needed or any(each.state not in FINISHED for each in busy)
                 why = ('current or future reservations' if live
                        else 'VMs of finished reservations, which are being deleted')
                 then = 'Cancel or move them first.' if live else 'Try again in a minute.'
                 raise Conflict(f"'{name}' still has {why}: {', '.join(labels[:20])}. {then}",
                                labels=labels)
             change(Resource, found.id, removed=int(now))
-            self.journal(now, 'resource', f"removed the resource '{name}'")
+            self.log_event(now, 'resource', f"removed the resource '{name}'")
             return self.resource_public(found)
 
     def resource_public(self, found) -> dict:
@@ -15713,11 +15727,11 @@ class Plan(Operations):
             "AND o.due IS NOT NULL AND o.held_from > ? AND o.start > ? AND r.host = '' "
             'AND r.flavor IN names(?)', cloud, int(now), int(now), json.dumps([*other]))]
         for each in self.look.in_order(found):
-            wish = self.wishes.carried_on(each)._replace(resource=resource_of(each.resource_id))
-            had, has = (takes_of(flavor, wish.resource) for flavor in other[each.flavor])
-            if wish.each == has:  # it was reserved since
+            spec = self.specs.carried_on(each)._replace(resource=resource_of(each.resource_id))
+            had, has = (takes_of(flavor, spec.resource) for flavor in other[each.flavor])
+            if spec.each == has:  # it was reserved since
                 continue
-            fits = self.moved_to(each, wish._replace(each=wish.each + (has - had)), now)
+            fits = self.moved_to(each, spec._replace(each=spec.each + (has - had)), now)
             size = amount_in_words(has._replace(vms=0))
             said = f"the flavor '{each.flavor}' has another size now: {size}"
             if rehearsal.on:
@@ -15798,7 +15812,7 @@ class Plan(Operations):
         lines += self.see_whom_it_affects(place, suspects, other, force, now)
         if found and lines:
             fields = ', '.join(each['what'] for each in lines)
-            self.journal(now, 'resource', f"synced the resource '{name}': {fields}")
+            self.log_event(now, 'resource', f"synced the resource '{name}': {fields}")
         return name, lines
 
     def report_others(self, place, aggregate: Aggregate, now: float) -> None:
@@ -15810,9 +15824,9 @@ class Plan(Operations):
         if there != before:
             note_fact(key, json.dumps(there))
         if new and place.mode == 'exclusive':
-            self.journal(now, 'orphan', f"{counted(len(new), 'server')} on hosts of "
-                         f"'{place.name}' without a reservation, so that less of it can be "
-                         f"reserved: {', '.join(new)}")
+            self.log_event(now, 'orphan', f"{counted(len(new), 'server')} on hosts of "
+                           f"'{place.name}' without a reservation, so that less of it can be "
+                           f"reserved: {', '.join(new)}")
 
     def left_by_others(self, aggregate: Aggregate, now: float) -> Aggregate:
         """An aggregate with what its hosts have besides what servers take that are not ours."""
@@ -15837,13 +15851,13 @@ class Plan(Operations):
         if not (changed or suspects or before):
             return []
         added = any(was is None for _, was, _ in changed)  # what was a sum may have no hosts
-        homeless = self.rehouse(place.id, suspects, now, None if added else before)
-        homeless += self.must_go(place, int(now), int(LAST.timestamp())) if changed else []
-        new = [id for id in dict.fromkeys(homeless) if id not in before]
+        affected = self.rehouse(place.id, suspects, now, None if added else before)
+        affected += self.must_go(place, int(now), int(LAST.timestamp())) if changed else []
+        new = [id for id in dict.fromkeys(affected) if id not in before]
         if not force:
-            self.refuse_homeless(place.name, list(map(public, self.look.in_order(
+            self.refuse_affected(place.name, list(map(public, self.look.in_order(
                 new[:1000], fields=SLIM))))
-        after = sorted({*homeless})
+        after = sorted({*affected})
         if after == sorted(before):
             return []
         if not rehearsal.on:
@@ -15919,11 +15933,11 @@ class Plan(Operations):
         for each in beside:
             self.bookings.leave_hosts_of(each)
         stay_on: dict = defaultdict(dict)
-        homeless = [each.id for each in short
+        affected = [each.id for each in short
                     if not self.finds_hosts(each.id, stay_on[each.reservation_id], now)]
         for each in beside:
             self.admission.propose_anew(each, now)
-        return homeless
+        return affected
 
     def lacks_hosts(self, found, suspects: dict[int, bool], now: float) -> bool:
         """Gives back what an occurrence has on hosts that are gone or too full; whether it is not
@@ -15977,8 +15991,8 @@ class Plan(Operations):
         """Makes the resource of an aggregate."""
         self.policy.refuse_taken_resource(name)
         insert(Resource, name=name, added=int(now), **NEW_RESOURCE | new | {'cloud': cloud})
-        self.journal(now, 'resource', f"added the resource '{name}' from the aggregate "
-                     f"'{new['aggregate']}'")
+        self.log_event(now, 'resource', f"added the resource '{name}' from the aggregate "
+                       f"'{new['aggregate']}'")
 
     @api('PATCH', '/host/<name>', 'host set lab-compute-1 gpu_count=2,arch=x86_64', role=ADMIN)
     def host_set(self, name: Name, properties: Pairs, private: bool = False,
@@ -15995,7 +16009,7 @@ class Plan(Operations):
             for place in found if not dry_run else ():
                 say_of_host(host_id(place.cloud, name), properties)
                 say_of_host(0, dict.fromkeys(properties, 'private') if private else {})
-            self.journal(now, 'resource', f"said of the host '{name}': {', '.join(properties)}")
+            self.log_event(now, 'resource', f"said of the host '{name}': {', '.join(properties)}")
             shown = properties_of(found[0].resource_id)[found[0].id]
             if dry_run:
                 shown = {each: value for each, value in (shown | properties).items() if value}
@@ -16062,7 +16076,7 @@ class Plan(Operations):
             self.hold_closing(id, found.resource_id, now, -1)
             change(Capacity, id, removed=int(now))
             self.let_start(found.resource_id, now)
-            self.journal(now, 'resource', f'cancelled {found.reason} {id}')
+            self.log_event(now, 'resource', f'cancelled {found.reason} {id}')
             return {'id': id, 'reason': found.reason}
 
     def change_capacity(self, name: str, start, end, most: Amount | None, reason: str, then: str,
@@ -16085,13 +16099,13 @@ class Plan(Operations):
             what = 'is closed' if closes else 'has another capacity'
             whose = f"The host {host} of '{name}'" if host else f"'{name}'"
             why = f'{whose} {what} from {self.config.told_window(begin, until)}: {reason}'
-            self.journal(now, 'resource', why)
-            homeless = self.look.in_order(
+            self.log_event(now, 'resource', why)
+            affected = self.look.in_order(
                 self.on_closed_host(row('SELECT * FROM capacity WHERE id = ?', id), now) if host
                 else self.must_go(place, max(begin, int(now)), until), fields=SLIM)
-            hit = self.in_pieces(homeless, why, then) if dry_run else []
+            hit = self.in_pieces(affected, why, then) if dry_run else []
         if not dry_run:
-            hit = self.in_pieces(homeless, why, then)
+            hit = self.in_pieces(affected, why, then)
             self.wake()
         return {'id': id, 'resource': name, 'start': instant(begin), 'end': instant(until),
                 'reason': reason, 'hit': hit, 'affected': hit}
@@ -16126,12 +16140,12 @@ class Plan(Operations):
                                                              now)
         raise NotFound(f"host: '{closing.host}' is no known host of this resource.")
 
-    def in_pieces(self, homeless: list, why: str, then: str) -> list[dict]:
+    def in_pieces(self, affected: list, why: str, then: str) -> list[dict]:
         """What becomes of those that have no room any more; others write between, as there may be
         thousands. If cmres is ended meanwhile, the rest stays as it is."""
         # of a series all at once: after each cancelling it is carried on
-        left = deque(grouped(homeless, 'reservation') if then == 'cancel'
-                     else [[each] for each in homeless])
+        left = deque(grouped(affected, 'reservation') if then == 'cancel'
+                     else [[each] for each in affected])
         became: dict[int, dict] = {}
         while left:
             self.shares.breathe()
@@ -16139,7 +16153,7 @@ class Plan(Operations):
                 self.fence()
                 for those in some_of(left):
                     became |= self.make_room(those, why, then, self.clock())
-        return [became[each.id] for each in homeless if each.id in became]
+        return [became[each.id] for each in affected if each.id in became]
 
     def difference(self, place, most: Amount) -> Amount:
         """What must be held for another capacity; an unlimited figure stays so."""
@@ -16186,36 +16200,36 @@ class Plan(Operations):
 
     def moved_elsewhere(self, found, now: float) -> tuple[str, int] | None:
         """Moves what has not begun; where, and when it starts there."""
-        for wish in () if now >= found.held_from or found.server else self.elsewhere(found):
-            if self.moved_to(found, wish, now, alone=True):
-                return wish.resource.name, wish.start
+        for spec in () if now >= found.held_from or found.server else self.elsewhere(found):
+            if self.moved_to(found, spec, now, alone=True):
+                return spec.resource.name, spec.start
         return None
 
-    def elsewhere(self, found) -> Iterator[Wish]:
+    def elsewhere(self, found) -> Iterator[Spec]:
         """An occurrence on each other resource of its cloud, then later where it is now."""
-        here, wish = resource_of(found.resource_id, removed=True), self.wishes.carried_on(found)
+        here, spec = resource_of(found.resource_id, removed=True), self.specs.carried_on(found)
         for place in self.look.places() if not found.host else ():
             alike = (place.cloud, place.mode) == (here.cloud, here.mode)
             if alike and place.id != here.id and not place.approval:
-                yield wish._replace(resource=place)
+                yield spec._replace(resource=place)
         with self.bookings.as_if_without(found):
             slots = free_slots(here, amount_of(found), found, found.held_from, LAST.timestamp(),
                                found.held_until - found.held_from)
             later = next(slots, None)
         if later:
             start = int(later[0]) + found.lead
-            yield wish._replace(resource=here, start=start, end=start + found.end - found.start)
+            yield spec._replace(resource=here, start=start, end=start + found.end - found.start)
 
-    def moved_to(self, found, wish: Wish, now: float, alone: bool = False) -> bool:
+    def moved_to(self, found, spec: Spec, now: float, alone: bool = False) -> bool:
         """Lets an occurrence be as it is wished to be, if every rule lets it; `alone`: otherwise
         than the others of its series."""
         altered = bool(found.repeats and alone or found.altered)
         # what was moved before this may have moved it to another host
         found = found._replace(placed=row('SELECT placed FROM occurrence WHERE id = ?',
                                           found.id).placed)
-        deal = Deal('maintenance', wish, [change_to(
-            found, wish._replace(stretches=[]), now, found.slot, found.waiting is not None, told=0,
-            altered=altered)], found, stretches=None if found.repeats else [])
+        deal = Deal('maintenance', spec, [change_to(
+            found, spec._replace(segments=[]), now, found.slot, found.waiting is not None, told=0,
+            altered=altered)], found, segments=None if found.repeats else [])
         try:
             with Attempt():
                 self.bookings.commit(deal, now)
@@ -16224,7 +16238,7 @@ class Plan(Operations):
         except Conflict:
             return False
 
-    def refuse_homeless(self, name: str, found: list[dict]) -> None:
+    def refuse_affected(self, name: str, found: list[dict]) -> None:
         """Refuses a change of a resource after which some occurrences would not fit."""
         if found:
             raise Conflict(f"{counted(len(found), 'occurrence')} on '{name}' would no longer fit. "
@@ -16323,7 +16337,7 @@ class Plan(Operations):
 
 # Claims ######################################################################
 #
-# What Nova's scheduler asks of a server that somebody boots: on which resources it may, and why.
+# What Nova's scheduler asks of a server that somebody starts: on which resources it may, and why.
 
 
 def limit_of(reserved: Amount) -> Amount:
@@ -16400,7 +16414,7 @@ def claim_answer(why: str, passes: bool = False, hosts: list[str] | None = None)
 
 
 def without_host(place, found) -> str:
-    """Why a server may boot on no host, although what is reserved has room for it."""
+    """Why a server may start on no host, although what is reserved has room for it."""
     if not found or not found.host:
         return f"no host of '{place.name}' has room for it until then"
     if found.host in json.loads(place.hosts):
@@ -16503,7 +16517,7 @@ class Claims(Operations):
         return host != claim.host
 
     def follow_seats(self, id: int | None, changed: list[int], now: float) -> None:
-        """Plans VMs of an occurrence where Nova has them. Where that is too much, the life cycle
+        """Plans VMs of an occurrence where Nova has them. Where that is too much, the scheduler
         lets others make way, as it may search.
         """
         found = row('SELECT * FROM occurrence WHERE id = ?', id)
@@ -16519,8 +16533,8 @@ class Claims(Operations):
             for server, in there[:taken[name].vms - read_placed(found.placed).get(host, 0)]:
                 if not self.put_on(found, host, taken, now):
                     break
-                self.journal(now, 'trouble', f'the server {server} is on {name}, where it was not '
-                             'planned', found.reservation_id, (), id)
+                self.log_event(now, 'trouble', f'the server {server} is on {name}, where it was '
+                                               'not planned', found.reservation_id, (), id)
                 found = row('SELECT * FROM occurrence WHERE id = ?', id)
                 if not any(rooms(on_hosts(found, now)[0], [host], least=0)):
                     note_fact(f'crowded-{host}', f'{found.resource_id}')
@@ -16545,7 +16559,7 @@ class Claims(Operations):
         return [name for name, id in known.items() if id == identity] or [identity]
 
     def claim_on(self, asked: Question, name: str, now: float) -> dict:
-        """Whether a server may boot on a resource, why, on which hosts; if so, it counts."""
+        """Whether a server may start on a resource, why, on which hosts; if so, it counts."""
         place = row('SELECT * FROM resource WHERE name = ? AND removed IS NULL', name)
         if not place:
             return claim_answer(f"there is no resource '{name}'")
@@ -16557,12 +16571,12 @@ class Claims(Operations):
         if asked.moves and not there:
             return claim_answer(OUTSIDE)
         sides = sides_of(asked, there, place)
-        found, why = self.may_boot(asked, place, sides, now)
+        found, why = self.claimable(asked, place, sides, now)
         if not found and sides.twice and asked.migrates:  # operators must be able to, also then
             sides = sides._replace(stays=NOTHING)
-            found, why = self.may_boot(asked, place, sides, now)
+            found, why = self.claimable(asked, place, sides, now)
         walks_in = not found and not asked.label and place.mode == 'shared'
-        if walks_in and not self.walk_in(place, asked.server, sides.counts, now):
+        if walks_in and not self.fits_without_reservation(place, asked.server, sides.counts, now):
             return claim_answer(f"'{name}' is not free for {format_duration(place.hold)}")
         if not found and not walks_in:
             return claim_answer(why)
@@ -16592,7 +16606,7 @@ class Claims(Operations):
 
     def host_for(self, asked: Question, place, found, sides: Sides,
                  now: float) -> list[str] | None:
-        """The host on which a server may boot, [] if there is none, None for any. Where Nova may
+        """The host on which a server may start, [] if there is none, None for any. Where Nova may
         use none of those that are planned, another that has room until the end is planned instead.
         """
         if not planned_by_host(place.id):
@@ -16658,8 +16672,8 @@ class Claims(Operations):
             'o.held_from', place.id, until, until, now)} if place.named else ()
         return [host for host in json.loads(place.hosts) if host not in taken] if taken else None
 
-    def may_boot(self, asked: Question, place, sides: Sides, now: float) -> tuple[Any, str]:
-        """The occurrence on which a server may boot, or None and why there is none."""
+    def claimable(self, asked: Question, place, sides: Sides, now: float) -> tuple[Any, str]:
+        """The occurrence on which a server may start, or None and why there is none."""
         mine = self.booked_by(asked, place, 0, now)
         named, why = f'{shown(asked.label)} ' if asked.label else '', ''
         for each in mine:
@@ -16702,9 +16716,9 @@ class Claims(Operations):
             loose = Amount(classes=() if DISK in has.names else disks)
             if not taken.within(limit_of(has)):
                 return False
-        # What was reserved without a flavor holds no vcpus: its machines take what is free of them.
+        # What was reserved without a flavor holds no vcpus: its VMs take what is free of them.
         return taken.vms <= has.vms and (
-            loose == NOTHING or self.walk_in(place, server, loose, now))
+            loose == NOTHING or self.fits_without_reservation(place, server, loose, now))
 
     def claimed(self, condition: str, *values, by: str = 'c.host') -> dict[Any, Amount]:
         """What servers have claimed and still use, by host."""
@@ -16724,7 +16738,7 @@ class Claims(Operations):
         return self.claimed(f'{condition} AND {NOT_STOPPED} AND c.server NOT IN names(?)', resource,
                             *values, seen, by=by)
 
-    def walk_in(self, place, server: str, need: Amount, now: float) -> bool:
+    def fits_without_reservation(self, place, server: str, need: Amount, now: float) -> bool:
         """Whether there is room from now for the hold time of a resource."""
         taken = self.loose(OF_RESOURCE, place.id, server, by='c.occurrence')
         held = {each.id: amount_of(each) for each in rows(
@@ -16778,8 +16792,8 @@ def next_revision() -> int:
     return row('SELECT coalesce(max(rev), 0) + 1 AS rev FROM calendar_object').rev
 
 
-def repeats(booking: Booking) -> bool:
-    return any(not stretch.single for stretch in booking.stretches)
+def repeats(booking: CalendarBooking) -> bool:
+    return any(not segment.single for segment in booking.segments)
 
 
 class Calendars(Operations):
@@ -16797,30 +16811,31 @@ class Calendars(Operations):
         the others. If you import again, only changes count; cmres cancels nothing that is missing
         in the file.
         """
-        return self.take_calendar(file, asked, dry_run)
+        return self.import_calendar(file, asked, dry_run)
 
-    def take_calendar(self, text: str, said: dict, dry_run: bool, subscription=None) -> dict:
+    def import_calendar(self, text: str, said: dict, dry_run: bool, subscription=None) -> dict:
         """Reserves what a calendar asks for, and of a subscription cancels what is gone."""
         zone, here = read_zone(said['tz'] or self.config.timezone), self.here.now
         owner, entries = self.owner(said), read_calendar(text, 'the calendar')
-        groups = by_uid(wishful(entries))
+        groups = by_uid(with_specs(entries))
         wanted = bookings(groups, zone, here, here + timedelta(days=self.config.horizon),
-                          Want(**{name: said[name] for name in Want._fields if name in said}))
+                          CalendarSpec(**{name: said[name] for name in CalendarSpec._fields
+                                          if name in said}))
         wanted = self.without_lookalikes(wanted, said, owner, subscription)
         ignored = len({each.uid for each in entries} | {*groups}) - len(wanted)
         lines = self.read_bookings(wanted, said)
         try:
             done = self.take_bookings(lines, wanted, owner, subscription, dry_run)
-        except Held as held:
+        except ConfirmationNeeded as held:
             with self.writing(dry_run) as now:
                 if not subscription.held:  # it is told once
-                    self.journal(now, 'held', str(held), None, json.loads(subscription.notify))
+                    self.log_event(now, 'held', str(held), None, json.loads(subscription.notify))
             return {'held': str(held), 'needs_confirmation': str(held), 'events': [],
                     'ignored': ignored}
         return {'events': sorted(done, key=lambda each: each['uid']), 'ignored': ignored}
 
-    def without_lookalikes(self, wanted: list[Booking], said: dict, owner: tuple[str, str],
-                           subscription) -> list[Booking]:
+    def without_lookalikes(self, wanted: list[CalendarBooking], said: dict, owner: tuple[str, str],
+                           subscription) -> list[CalendarBooking]:
         """The bookings without lookalikes: no cloud has a flavor as that of `3 x pizza`. What is
         booked is one, whatever became of its flavor; and so is all while a cloud is silent."""
         if all(not each.guess for each in wanted):
@@ -16850,7 +16865,7 @@ class Calendars(Operations):
         return [each.cloud for each in rows(
             "SELECT DISTINCT cloud FROM resource WHERE cloud <> '' AND removed IS NULL")]
 
-    def take_bookings(self, lines: deque, wanted: list[Booking], owner: tuple[str, str],
+    def take_bookings(self, lines: deque, wanted: list[CalendarBooking], owner: tuple[str, str],
                       subscription, dry_run: bool) -> list[dict]:
         """What became of each event; Held where of a subscription more than half would go. Where
         nothing can go, others can write between."""
@@ -16862,8 +16877,8 @@ class Calendars(Operations):
                 done += [self.take_booking(*line, owner, subscription, now)
                          for line in some_of(lines, whole)]
                 if not lines:
-                    done += self.drop_missing(wanted, subscription, now)
-                    self.ask_before_most_goes(subscription, had, now)
+                    done += self.cancel_missing(wanted, subscription, now)
+                    self.require_confirmation(subscription, had, now)
                     self.tell_refused(subscription, done, now)
                     return done
             self.shares.breathe()
@@ -16873,31 +16888,31 @@ class Calendars(Operations):
                                     subscription.id):
             raise Conflict('Somebody unsubscribed it at the same moment.')
 
-    def read_bookings(self, wanted: list[Booking], said: dict) -> deque[tuple]:
-        """Bookings with their wishes, or with the errors that refuse them; what is plain first."""
+    def read_bookings(self, wanted: list[CalendarBooking], said: dict) -> deque[tuple]:
+        """Bookings with their specs, or with the errors that refuse them; what is plain first."""
         lines, left, budget = {}, 10 * MOST_OCCURRENCES, Budget()
         for booking in self.progress(sorted(wanted, key=repeats)):
             self.shares.breathe()
             try:
                 with budget.event(repeats(booking)):
-                    wish, coming = self.read_booking(booking, said)
+                    spec, coming = self.read_booking(booking, said)
                 if len(coming) > left:
                     raise Invalid(f'Its calendar asks for more than {10 * MOST_OCCURRENCES} '
                                   'occurrences within the horizon. Put it into a calendar of its '
                                   'own.')
                 left -= len(coming)
-                lines[booking.uid] = booking, wish, None
+                lines[booking.uid] = booking, spec, None
             except Error as error:
                 lines[booking.uid] = booking, None, error
         return deque(lines[booking.uid] for booking in wanted)
 
-    def read_booking(self, booking: Booking, said: dict) -> tuple[Wish | None, list[Slot]]:
-        """The wish of a booking, and what it wants until the horizon; Error if it is refused."""
+    def read_booking(self, booking: CalendarBooking, said: dict) -> tuple[Spec | None, list[Slot]]:
+        """The spec of a booking, and what it wants until the horizon; Error if it is refused."""
         want = booking.want
         if booking.error:
             raise BadCalendar(booking.error)
         now = self.clock()
-        coming = all_slots(booking.stretches, now, self.series.horizon(booking.stretches, now))
+        coming = all_slots(booking.segments, now, self.series.horizon(booking.segments, now))
         if booking.cancelled or not coming:
             return None, []
         wanted = {name: value for name, value in want._asdict().items()
@@ -16905,16 +16920,16 @@ class Calendars(Operations):
         asked = made_as({}) | {'personal': False, 'lead': None,
                                'description': booking.summary[:1000]} | said | wanted
         asked |= {'label': calendar_name(booking.summary), 'start': instant(coming[0].start),
-                  'end': instant(coming[0].end), 'repeat': booking.stretches[0].rule, 'late': True}
+                  'end': instant(coming[0].end), 'repeat': booking.segments[0].rule, 'late': True}
         if not want.resource:
             raise Invalid(f"The event names no resource. Write '{want.vms} x "
                           f"{want.flavor or 'm1.small'} on RESOURCE' in the event, or choose a "
                           'default resource.', hint='--resource NAME')
-        wish = self.wishes.read_wish(asked, changes=())
-        stretches = [stretch._replace(resource=wish.resource.id) for stretch in booking.stretches]
-        return wish._replace(stretches=stretches, tz=stretches[0].zone), coming
+        spec = self.specs.read_spec(asked, changes=())
+        segments = [segment._replace(resource=spec.resource.id) for segment in booking.segments]
+        return spec._replace(segments=segments, tz=segments[0].zone), coming
 
-    def take_booking(self, booking: Booking, wish: Wish | None, error: Error | None,
+    def take_booking(self, booking: CalendarBooking, spec: Spec | None, error: Error | None,
                      owner: tuple[str, str], subscription, now: float) -> dict:
         """What became of an event: one of `booked`, `changed`, `refused` and so on."""
         line = {'uid': booking.uid, 'summary': booking.summary[:200]}
@@ -16923,17 +16938,17 @@ class Calendars(Operations):
                 raise error
             source = subscription.id if subscription else None
             known = self.booked_as(booking.uid, owner, source)
-            return line | self.taken(booking, wish, known, source, now)
+            return line | self.taken(booking, spec, known, source, now)
         except Error as refusal:
             return line | {'outcome': 'refused', 'why': booking.why(refusal)}
 
-    def taken(self, booking: Booking, wish: Wish | None, known, source: int | None, now: float,
-              again: bool = True) -> dict:
+    def taken(self, booking: CalendarBooking, spec: Spec | None, known, source: int | None,
+              now: float, again: bool = True) -> dict:
         """The same of an event that was understood; inside a transaction. It has made the
         reservation `known`, for the subscription `source`; `again`: also where that was cancelled
         here."""
         live = known and known.over > now
-        if wish is None:
+        if spec is None:
             stops = booking.cancelled and not source  # else what runs goes on
             gone = ([each for each in self.look.live(self.look.next_of(known.id)) if stops
                      or not self.look.begun(each)] if live else [])
@@ -16942,14 +16957,14 @@ class Calendars(Operations):
                 return {'outcome': 'cancelled', 'label': known.label}
             return {'outcome': 'past' if not booking.cancelled else 'cancelled'}
         asked = [name for name in STORED if name not in ('label', 'trusted', 'invite')]
-        asked += ['invite'] if wish.invite else []
-        origin = hashed(repr((booking.digest, wish.columns(*asked))))
+        asked += ['invite'] if spec.invite else []
+        origin = hashed(repr((booking.digest, spec.columns(*asked))))
         as_before = known and known.origin.split(' ')[-1] == origin and (
-            self.as_asked_before(known, wish, live, source or not again, now))
+            self.as_asked_before(known, spec, live, source or not again, now))
         if as_before:
             return {'label': known.label} | as_before
         with Attempt():
-            return self.book_event(booking, wish, known if live else None, origin, source, now)
+            return self.book_event(booking, spec, known if live else None, origin, source, now)
 
     def booked_as(self, uid: str, owner: tuple[str, str], source: int | None,
                   also: int | None = None):
@@ -16959,7 +16974,7 @@ class Calendars(Operations):
                    '(subscription IS ? OR id = ?) ORDER BY id DESC LIMIT 1', uid, *owner[::-1],
                    source, also)
 
-    def as_asked_before(self, known, wish: Wish, live: bool, subscription, now: float) -> dict:
+    def as_asked_before(self, known, spec: Spec, live: bool, subscription, now: float) -> dict:
         """What becomes of an event that asks for what it did; nothing, if that is asked for anew.
         """
         if not live:
@@ -16971,35 +16986,35 @@ class Calendars(Operations):
                 return {'outcome': 'unchanged', 'why': A_CHANGE_WAITS}
             refused = {'outcome': 'unchanged', 'why': 'no admin has approved the change'}
             return refused if subscription else {}
-        spelled_out = any('/' in each for each in wish.stretches[0].dates)
-        if spelled_out and known.series != stored_stretches(wish.stretches):  # further than before
-            change(Reservation, known.id, series=stored_stretches(wish.stretches))
+        spelled_out = any('/' in each for each in spec.segments[0].dates)
+        if spelled_out and known.series != stored_segments(spec.segments):  # further than before
+            change(Reservation, known.id, series=stored_segments(spec.segments))
             self.series.refresh(known.id, now)
         return {'outcome': 'unchanged'}
 
-    def book_event(self, booking: Booking, wish: Wish, known, origin: str, source: int | None,
-                   now: float) -> dict:
+    def book_event(self, booking: CalendarBooking, spec: Spec, known, origin: str,
+                   source: int | None, now: float) -> dict:
         """Books an event, or makes of its reservation what the event says now."""
         if known:
             head = self.look.next_of(known.id)
-            wish = wish._replace(label=known.label)
-            made = self.bookings.commit(self.admission.edit(head, wish, ['calendar'], now,
+            spec = spec._replace(label=known.label)
+            made = self.bookings.commit(self.admission.edit(head, spec, ['calendar'], now,
                                                             'calendar'), now)
             # what is not agreed to stands behind what is
             agreed = '' if made else f"{known.origin.split(' ')[0]} "
             change(Reservation, known.id, origin=agreed + origin)
             if not made:
-                return {'label': wish.label, 'outcome': 'pending', 'why': A_CHANGE_WAITS}
+                return {'label': spec.label, 'outcome': 'pending', 'why': A_CHANGE_WAITS}
             done = made.done
-            self.journal(now, 'updated', 'changed in the calendar', known.id, wish.notify,
-                         NONE_OF_THEM)
+            self.log_event(now, 'updated', 'changed in the calendar', known.id, spec.notify,
+                           NONE_OF_THEM)
         else:
-            wish = wish._replace(label=self.free_label(wish.label, wish.project, now))
-            _, done = self.admission.book(wish, now, uid=booking.uid, subscription=source,
+            spec = spec._replace(label=self.free_label(spec.label, spec.project, now))
+            _, done = self.admission.book(spec, now, uid=booking.uid, subscription=source,
                                           origin=origin)
         left_out = [each for each in done if each.get('why')]
-        return {'label': wish.label, 'outcome': 'changed' if known else 'booked',
-                'start': instant(wish.start), 'vms': wish.vms, 'flavor': wish.flavor,
+        return {'label': spec.label, 'outcome': 'changed' if known else 'booked',
+                'start': instant(spec.start), 'vms': spec.vms, 'flavor': spec.flavor,
                 'count': len(done)} | ({'occurrences': left_out} if left_out else {})
 
     def free_label(self, label: str, project: str, now: float) -> str:
@@ -17042,7 +17057,7 @@ class Calendars(Operations):
             insert(Feed, user=user, project=project, whole_project=whole_project,
                    resource=self.look.id_of(resource), hash=hashed(secret), added=int(now),
                    revoked=None)
-            self.journal(now, 'calendar', f'created a feed for {user} in {project}')
+            self.log_event(now, 'calendar', f'created a feed for {user} in {project}')
         name = quote(resource or (project if whole_project else user), safe='')
         return {'user': user, 'project': project} if dry_run else {
             'feed': f'{self.config.served}/calendar/{secret}/{name}.ics'}
@@ -17077,7 +17092,7 @@ class Calendars(Operations):
                         defaults=json.dumps(said), notify=json.dumps([*asked['notify']]),
                         added=int(now), due=now, etag='', modified='', fault='', held='',
                         refused='{}', confirmed=False, tries=0)
-            self.journal(now, 'calendar', f'subscribed to a calendar at {host}')
+            self.log_event(now, 'calendar', f'subscribed to a calendar at {host}')
         return {'id': id, 'kind': 'subscription', 'user': user, 'project': project, 'shows': host}
 
     def host_to_ask(self, url: str) -> str | None:
@@ -17104,7 +17119,7 @@ class Calendars(Operations):
     @api('POST', '/calendar/subscription/<id>/confirm', 'calendar confirm 1')
     def calendar_confirm(self, id: int, dry_run: bool = False) -> CalendarAnswer:
         """Confirms that a calendar may cancel most of its reservations."""
-        if not self.own_calendar('subscription', id).held:
+        if not self.find_own_calendar('subscription', id).held:
             raise Conflict(f'Calendar {id} needs no confirmation.')
         return self.changed_calendar('subscription', id, dry_run, 'confirmed calendar',
                                      confirmed=True, etag='', modified='', due=self.clock())
@@ -17112,14 +17127,14 @@ class Calendars(Operations):
     def changed_calendar(self, kind: str, id: int, dry_run: bool, what: str, **values) -> dict:
         """Changes a feed or a subscription of one's own, and tells which it was."""
         with self.writing(dry_run) as now:
-            found = self.own_calendar(kind, id)
+            found = self.find_own_calendar(kind, id)
             change(Feed if kind == 'feed' else Subscription, id, **values)
-            self.journal(now, 'calendar', f'{what} {id}')
+            self.log_event(now, 'calendar', f'{what} {id}')
         more = ({'revoked': instant(values['revoked'])} if kind == 'feed'
                 else {'shows': urlsplit(found.url).hostname})
         return {'id': id, 'kind': kind, 'user': found.user, 'project': found.project} | more
 
-    def own_calendar(self, kind: str, id: int):
+    def find_own_calendar(self, kind: str, id: int):
         """A feed or a subscription that is in force and one's own; NotFound if there is none."""
         found = row(f'SELECT * FROM {kind} WHERE id = ? AND {ACTIVE[kind]}', id)
         if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
@@ -17140,8 +17155,8 @@ class Calendars(Operations):
             raise Unavailable(f'The answer was {status}.')
         said = self.defaults_of(subscription)
         acting = self.acting(Actor(subscription.user, subscription.project, USER))
-        answer = acting.take_calendar(body.decode('utf8', 'surrogateescape'), said, False,
-                                      subscription)
+        answer = acting.import_calendar(body.decode('utf8', 'surrogateescape'), said, False,
+                                        subscription)
         # What could not be done now is asked for again, also when the calendar is the same.
         open_end = (answer.get('held')
                     or any(each['outcome'] == 'refused' for each in answer['events']))
@@ -17166,14 +17181,14 @@ class Calendars(Operations):
                         'AND o.cancelled IS NULL AND o.start > ? GROUP BY 1',
                         subscription.id, int(now)).fetchall()) if subscription else {}
 
-    def drop_missing(self, wanted: list[Booking], subscription, now: float) -> list[dict]:
+    def cancel_missing(self, wanted: list[CalendarBooking], subscription, now: float) -> list[dict]:
         """Cancels what a subscription has booked and asks for no more; what runs goes on."""
         if not subscription:
             return []
         uids, done = {each.uid for each in wanted}, []
         for each in rows('SELECT id, uid, label FROM reservation '
                          'WHERE subscription = ? AND over > ?', subscription.id, int(now)):
-            where = [('r.id = ?', each.id), (NOT_OVER, None), ('o.held_from > ?', now)]
+            where = [('r.id = ?', each.id), (UNFINISHED, None), ('o.held_from > ?', now)]
             coming = [] if each.uid in uids else self.look.search(where)
             if coming:
                 self.admission.cancel(coming, now, 'the event was removed from the calendar',
@@ -17182,14 +17197,15 @@ class Calendars(Operations):
                              'label': each.label})
         return done
 
-    def ask_before_most_goes(self, subscription, had: dict[int, int], now: float) -> None:
+    def require_confirmation(self, subscription, had: dict[int, int], now: float) -> None:
         """Raises Held where most of a calendar would go, and nobody has said so."""
         have, all_of_them = self.live_of(subscription, now), sum(had.values())
         gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
         if subscription and not subscription.confirmed and 2 * gone > all_of_them:
-            raise Held(f'Your calendar (number {subscription.id}) no longer contains {gone} of '
-                       f'{all_of_them} future occurrences. cmres has cancelled nothing yet. '
-                       'Confirm to cancel them.', hint=f'calendar confirm {subscription.id}')
+            raise ConfirmationNeeded(
+                f'Your calendar (number {subscription.id}) no longer contains {gone} of '
+                f'{all_of_them} future occurrences. cmres has cancelled nothing yet. '
+                'Confirm to cancel them.', hint=f'calendar confirm {subscription.id}')
 
     def tell_refused(self, subscription, done: list[dict], now: float) -> None:
         """Tells, once each, what a subscribed calendar asks for in vain."""
@@ -17202,8 +17218,8 @@ class Calendars(Operations):
         if len(new) > MOST_TOLD:
             new[MOST_TOLD:] = [f'{len(new) - MOST_TOLD} more of its events were refused']
         for why in new:
-            journal(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
-                    json.loads(subscription.notify), project=self.actor.project)
+            log_event(self.config, now, self.actor.user, 'refused', f'your calendar: {why}', None,
+                      json.loads(subscription.notify), project=self.actor.project)
         change(Subscription, subscription.id, refused=json.dumps(refused))
 
     def feed(self, secret: str) -> tuple[str, Any]:
@@ -17235,7 +17251,7 @@ class Calendars(Operations):
     def shown_in(self, feed) -> tuple[list, list]:
         """The occurrences that a feed shows, as `page` takes them."""
         own = not feed.resource_id and not feed.whole_project
-        asked = dict.fromkeys((*PLACE, 'resource'), '') | {
+        asked = dict.fromkeys((*LOCATION, 'resource'), '') | {
             'user': feed.user if own else '', 'project': '' if feed.resource_id else feed.project}
         filters, where = self.acting(Actor('', '', ADMIN)).look.filtered(asked)
         filters |= {'places': [feed.resource_id]} if feed.resource_id else {}
@@ -17320,7 +17336,7 @@ class Tokens(Operations):
                    resource=self.look.id_of(resource))
             until = f' until {self.config.told_time(ends)}' if ends else ''
             only = ', '.join([*scopes, *filter(None, [resource])])
-            self.journal(now, 'token', f'created a token for {user} in {project} as '
+            self.log_event(now, 'token', f'created a token for {user} in {project} as '
                                        f"{role}{until}{only and f', only for {only}'}")
         made = {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
         return made | ({'ends': instant(ends)} if ends else {})
@@ -17404,7 +17420,7 @@ class Tokens(Operations):
             ends = self.end_of_token(lasts, now)
             change(Token, id, ends=ends)
             until = f'until {self.config.told_time(ends)}' if ends else 'without an end'
-            self.journal(now, 'token', f'renewed token {id} of {found.user} {until}')
+            self.log_event(now, 'token', f'renewed token {id} of {found.user} {until}')
             return self.token_public(self.own_token(id))
 
     @api('DELETE', '/token/<id>', 'token revoke 3', role=READER)
@@ -17418,7 +17434,7 @@ class Tokens(Operations):
             found = self.own_token(id)
             self.revoke(id, now)
             ended = self.end_calendars(found.user, found.project, now)
-            self.journal(now, 'token', f'revoked token {id} of {found.user}{ended}')
+            self.log_event(now, 'token', f'revoked token {id} of {found.user}{ended}')
             return self.token_public(row(f'{FIELDS_OF_TOKEN} WHERE t.id = ?', id))
 
     def revoke(self, id: int, now: float) -> None:
@@ -17444,7 +17460,7 @@ class Tokens(Operations):
                 self.revoke(each, now)
             ended = ''.join(self.end_calendars(user, each, now)
                             for each in sorted({each.project for each in found}))
-            self.journal(now, 'token', f'revoked all tokens of {user}: {len(tokens)}{ended}')
+            self.log_event(now, 'token', f'revoked all tokens of {user}: {len(tokens)}{ended}')
         return {'user': user, 'tokens': len(tokens)}
 
     @api('POST', '/credential/',
@@ -17474,7 +17490,7 @@ class Tokens(Operations):
                 change(Credential, old.id, **values)
                 self.clouds.opened.pop(f'{cloud}{OF_PERSON}{old.id}', None)
             id = old.id if old else self.insert_credential(mine | values)
-            self.journal(now, 'token', f'gave a credential for {cloud}')
+            self.log_event(now, 'token', f'gave a credential for {cloud}')
         return {'id': id, **mine, 'application': application, 'trust': trust,
                 'added': instant(values['added'])}
 
@@ -17522,7 +17538,7 @@ class Tokens(Operations):
                                'can delete them. Cancel their reservations first',
                                servers=[each.name for each in busy])
             run('DELETE FROM credential WHERE id = ?', id)
-            self.journal(now, 'token', f"took the credential for {found[0]['cloud']} away")
+            self.log_event(now, 'token', f"took the credential for {found[0]['cloud']} away")
             return found[0]
 
     def refuse_one_more(self, what: str, user: str, project: str) -> None:
@@ -17554,7 +17570,7 @@ class Tokens(Operations):
 
 # Records #####################################################################
 #
-# What was: the journal, punctuality, reports; at last the whole service.
+# What was: the event log, punctuality, reports; at last the whole service.
 
 
 #: Of an occurrence o: nothing of it is there, on its way, or asked for.
@@ -17770,7 +17786,7 @@ class Records(Operations):
             run('DELETE FROM blazar_hold WHERE reservation = ?', id)
 
     def forget_events(self, events: list) -> None:
-        """Forgets events and the notices of them; what was refused stays counted."""
+        """Forgets events and the notifications of them; what was refused stays counted."""
         for each in events:
             if each.code == 'refused' and each.project and each.reservation_id is None:
                 day = int(each.at) // DAY * DAY
@@ -17837,7 +17853,7 @@ CALM = 60  # seconds that another number of servers must be up before it is told
 
 #: What a pass looks at once its instant has come, and the next pass waits for: table, column, rows.
 DUE = {'occurrence': ('occurrence o', 'o.due', 'TRUE'), 'server': ('server v', 'v.due', 'TRUE'),
-       # Each target is told in order, one notice of an owner after another.
+       # Each target is told in order, one notification of an owner after another.
        'notice': ('outbox n', 'n.due',
                   'n.id IN (SELECT min(id) FROM outbox WHERE due IS NOT NULL GROUP BY target, '
                   'owner)'),
@@ -17886,7 +17902,7 @@ def adopted() -> set[str]:
     return set(json.loads(fact('adopted') or '[]'))
 
 
-def orphans_in(seen: dict[str, Seen], matched: list[tuple]) -> list[Seen]:
+def orphans_in(seen: dict[str, ServerStatus], matched: list[tuple]) -> list[ServerStatus]:
     """Of what a cloud shows, the servers with our mark of which the store tells nothing."""
     wanted = {found.uid for _, found in matched if found}
     return [each for uid, each in seen.items() if each.mark and uid not in wanted]
@@ -17969,11 +17985,11 @@ def note_of(config: Config, now: float, code: str, sentence: str, about,
          notify: Iterable[str] | None = None) -> None:
     """An event of one server, which is only logged: `tell_up` tells of all of them together."""
     occurrence = getattr(about, 'occurrence_id', about.id)
-    journal(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
+    log_event(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
 
 
 def tell_of(config: Config, now: float, code: str, sentence: str, about) -> None:
-    """An event of the life cycle, about a row that tells its reservation and whom to notify."""
+    """An event of the scheduler, about a row that tells its reservation and whom to notify."""
     note_of(config, now, code, sentence, about, json.loads(about.notify))
 
 
@@ -18034,25 +18050,25 @@ class Clocks:
 
     def judged(self) -> tuple[Trust, float]:
         """What to think of the two clocks as they are now, and what time it is then."""
-        wall, up = self.read_clocks()
-        trust, offset = self.trust, wall - up
+        local, up = self.read_clocks()
+        trust, offset = self.trust, local - up
         if trust and trust.boot != self.boot:  # for how long it was off, only others can tell
             trust = Trust(self.boot, trust.offset + trust.uptime - up, up)
         drift = (up - trust.uptime) * DRIFT if trust else 0
         if not trust or offset - trust.offset <= self.config.leader_timeout + drift:
-            return Trust(self.boot, offset, up), wall
+            return Trust(self.boot, offset, up), local
         if trust.doubted is None or abs(offset - trust.doubted) > self.config.leader_timeout:
             trust = trust._replace(doubted=offset, since=up)
         if up >= trust.since + self.config.lost_answer_wait and trust.since < up:
-            return Trust(self.boot, offset, up), wall
+            return Trust(self.boot, offset, up), local
         return trust, trust.offset + up
 
     def read_clocks(self) -> tuple[float, float]:
         """Both clocks at one moment: again, if something came between."""
         while True:
-            before, wall, up = self.uptime(), self.clock(), self.uptime()
+            before, local, up = self.uptime(), self.clock(), self.uptime()
             if up - before < 0.05:
-                return wall, up
+                return local, up
 
     def recall(self) -> None:
         """Recalls what the process that acted before thought of the clocks, and when."""
@@ -18073,7 +18089,7 @@ class Clocks:
             sentence = (f'the clock of this computer jumped ahead by {ahead}, and nothing '
                         'confirms that yet; until then cmres stops and deletes nothing')
         log.warning('%s', sentence)
-        journal(self.config, self.now(), 'cmres', 'clock', sentence)
+        log_event(self.config, self.now(), 'cmres', 'clock', sentence)
 
     def confirm(self, result: Job, now: float) -> None:
         """Lets a cloud's clock confirm a doubted one, or contradict it for as long as it does."""
@@ -18093,12 +18109,12 @@ class Clocks:
 # Of several processes one acts for a cloud, by a lease with a deadline: it is renewed while passes
 # are made, it is looked at in every transaction and before every call, and who lost it does nothing
 # more. There is one for each cloud of a resource, with all accounts there, and one, '', for what
-# belongs to none: notices, calendars, who waits. A scheduler that goes on and on has one on its own
-# name as well, by which the others know with how many they share. Leases go by the clock of the
-# store, so that it does no harm here if those of several computers differ.
+# belongs to none: notifications, calendars, who waits. A scheduler that goes on and on has one on
+# its own name as well, by which the others know with how many they share. Leases go by the clock of
+# the store, so that it does no harm here if those of several computers differ.
 
 
-class LostLease(Error):
+class LostLeadership(Error):
     """Another scheduler acts now; this one must not."""
 
 
@@ -18140,13 +18156,13 @@ class Leadership:
         self.leaving, self.since = None, 0.0  # for which no call is begun any more, and since when
         self.ahead = 0.0  # seconds of the store's clock more than ours
         self.store_time = db.time if clocks.clock is time.time else clocks.clock
-        self.leased_until = 0.0
+        self.leader_until = 0.0
         self.calm_until = 0.0  # nothing is free until then, unless the store changes
 
     def has_time(self, now: float, cloud: str) -> bool:
         """Whether a lease is this process' at an instant, as it knows by itself."""
-        begun = self.leased_until - self.config.leader_timeout
-        return cloud in self.held and begun <= now < self.leased_until
+        begun = self.leader_until - self.config.leader_timeout
+        return cloud in self.held and begun <= now < self.leader_until
 
     @property
     def served(self) -> set[str]:
@@ -18168,7 +18184,7 @@ class Leadership:
           the clouds that it has just taken over.
         """
         lasts = self.config.leader_timeout
-        fresh = self.leased_until - lasts <= now < self.leased_until - lasts / 2
+        fresh = self.leader_until - lasts <= now < self.leader_until - lasts / 2
         if fresh and self.held and now < self.calm_until and not self.dead:
             return set()
         self.compare_clocks(self.clocks.clock())
@@ -18184,7 +18200,7 @@ class Leadership:
             if taken:
                 self.bound_calls(self.clocks.now(), taken)
                 inherit(self.clocks.now(), taken)
-        self.leased_until = now + lasts
+        self.leader_until = now + lasts
         self.held = (held | taken) - {self.name}
         return taken - {self.name}
 
@@ -18248,7 +18264,7 @@ class Leadership:
         lost = self.held - returned('SELECT name FROM lease WHERE holder = ?', self.name)
         self.held = self.held - lost
         if lost or not self.held:
-            raise LostLease('another scheduler is the leader now; this one waits')
+            raise LostLeadership('another scheduler is the leader now; this one waits')
 
     def bound_calls(self, now: float, clouds: set[str]) -> None:
         """Notes when the calls of who acted before will have ended: so long servers may appear."""
@@ -18320,7 +18336,7 @@ class Ahead(NamedTuple):
     asked: dict
     sight: Sight
     needs: Amount  # what the quota must leave
-    homeless: int  # VMs without a host
+    affected: int  # VMs without a host
 
 
 def lacking(left: Amount | None, needs: Amount) -> list[str]:
@@ -18336,7 +18352,7 @@ class Workers:
         self.config, self.clouds, self.service = service.config, service.clouds, service
         self.clocks, self.leader = leader.clocks, leader
         self.wake = threading.Event()       # set when a call has ended
-        self.flying: dict[tuple, Job] = {}  # calls that workers have or will have
+        self.running_calls: dict[tuple, Job] = {}  # calls that workers have or will have
         self.hanging: set[Job] = set()      # calls that workers have although their time is over
         # whether a call may go on is decided by one thread at a time
         self.fence = threading.Lock()
@@ -18348,7 +18364,7 @@ class Workers:
             'boot': self.do_boot, 'snapshot': self.do_snapshot,
             **dict.fromkeys(('delete', 'start', 'stop', 'shelve'), self.do_verb),
             'integrity': lambda call: look_for_damage(call.target), 'look': self.do_look,
-            'notice': self.do_notice, 'time': self.do_time, 'poll': self.do_poll,
+            'notice': self.do_notification, 'time': self.do_time, 'poll': self.do_poll,
             'ahead': self.do_ahead,
             'clear': lambda call: self.clouds.open(call.account).delete(call.target),
             'trace': lambda call: self.clouds.open(call.account).hosts(
@@ -18362,7 +18378,7 @@ class Workers:
     def submit(self, key: tuple, verb: str, account: str, target, cloud: str = '') -> None:
         if self.busy(key):
             return
-        self.flying[key] = call = Job(key, verb, account, target, cloud)
+        self.running_calls[key] = call = Job(key, verb, account, target, cloud)
         try:
             # one pool an account: a cloud that hangs holds nobody else's workers
             if account not in self.pools:
@@ -18370,21 +18386,21 @@ class Workers:
                     self.config.workers, thread_name_prefix=account)
             self.pools[account].submit(self.work, call)
         except RuntimeError:  # no thread can be started, so that nobody would ever tell of it
-            del self.flying[key]
+            del self.running_calls[key]
             raise
 
     def busy(self, key: tuple) -> bool:
         """Whether a call is under way, or waits for a worker, however long."""
-        return key in self.flying
+        return key in self.running_calls
 
     def give_up(self) -> None:
         """Fences the calls whose own time is over; a look decides what became of them."""
         with self.fence:
-            for key, call in [*self.flying.items()]:
+            for key, call in [*self.running_calls.items()]:
                 call.fenced = (call.taken is not None
                                and self.clocks.uptime() >= call.taken + self.config.call_timeout)
                 if call.fenced:
-                    self.hanging.add(self.flying.pop(key))
+                    self.hanging.add(self.running_calls.pop(key))
 
     def go_on(self, call: Job) -> None:
         """Gives a call its time from now on.
@@ -18396,7 +18412,7 @@ class Workers:
         with self.fence:
             up, now = self.clocks.uptime(), self.clocks.clock()
             if not self.leader.has_time(now, call.cloud):
-                raise LostLease('the time for this call ran out before it began')
+                raise LostLeadership('the time for this call ran out before it began')
             if (call.fenced or call.taken is not None
                 and up >= call.taken + self.config.call_timeout):
                 raise CloudError(f'the cloud {call.account} did not answer within '
@@ -18434,7 +18450,7 @@ class Workers:
         id = self.clouds.open(call.account).snapshot(server.uid, name)
         return {'snapshot': name, 'snapshot_id': id}
 
-    def do_look(self, call: Job) -> tuple[list[Seen], set[str]]:
+    def do_look(self, call: Job) -> tuple[list[ServerStatus], set[str]]:
         """The servers with our marks, and those of the known ones that are gone for sure.
 
         Nova lists a server without its tags for a moment between its build request and its cell, so
@@ -18471,46 +18487,48 @@ class Workers:
         if about.needs != NOTHING and (lacks := lacking(cloud.left(), about.needs)):
             found.append(f"The quota of the cloud {call.account} leaves {', '.join(lacks)} that "
                          'are needed by then')
-        if about.homeless:
-            found.append(f"No host has room for {counted(about.homeless, 'VM')} of it")
+        if about.affected:
+            found.append(f"No host has room for {counted(about.affected, 'VM')} of it")
         return found
 
-    def do_notice(self, call: Job) -> None:
-        notice, found = call.target, None
-        if notice.invites:
-            self.invite(notice)
+    def do_notification(self, call: Job) -> None:
+        notification, found = call.target, None
+        if notification.invites:
+            self.invite(notification)
             return
-        if (notice.occurrence or 0) > 0:
-            found = next(iter(self.service.look.in_order([notice.occurrence])), None)
-        elif notice.reservation_id:
-            found = self.service.look.next_of(notice.reservation_id)
-        deliver(self.config, notice, public(found) if found else {})
+        if (notification.occurrence or 0) > 0:
+            found = next(iter(self.service.look.in_order([notification.occurrence])), None)
+        elif notification.reservation_id:
+            found = self.service.look.next_of(notification.reservation_id)
+        deliver(self.config, notification, public(found) if found else {})
 
-    def invite(self, notice) -> None:
+    def invite(self, notification) -> None:
         """Sends somebody a reservation as it is now, as an event for their calendar."""
-        found = self.service.look.next_of(notice.reservation_id)
+        found = self.service.look.next_of(notification.reservation_id)
         coming = rows('SELECT id, start, "end" FROM occurrence WHERE reservation_id = ? '
                       'AND cancelled IS NULL AND "end" > ? ORDER BY start LIMIT 366',
-                      notice.reservation_id, int(self.service.clock()))
-        unwanted = row('SELECT at FROM uninvited WHERE hash = ?', hashed(notice.target.lower()))
+                      notification.reservation_id, int(self.service.clock()))
+        unwanted = row('SELECT at FROM uninvited WHERE hash = ?',
+                       hashed(notification.target.lower()))
         if unwanted or not found or not coming and found.cancelled is None:
             return
-        goes = not coming or notice.target not in json.loads(found.invite)
+        goes = not coming or notification.target not in json.loads(found.invite)
         addresses = addresses_of([found.id])[found.id]
         lines = [found.description, *log_in_lines(self.config, found, addresses)]
         first, method = (coming or [found])[0], 'CANCEL' if goes else 'REQUEST'
         state = 'CANCELLED' if goes else (
             'TENTATIVE' if found.state in ('waiting', 'pending') else 'CONFIRMED')
         shown = Shown(f'reservation-{found.reservation}@{self.clouds.store}', first.start,
-                      first.end, 0, int(notice.at), found.label, '\n'.join(filter(None, lines)),
-                      found.resource, state)
-        event = invitation_text(method, notice.event, shown, self.config.mail_from, notice.target,
+                      first.end, 0, int(notification.at), found.label,
+                      '\n'.join(filter(None, lines)), found.resource, state)
+        event = invitation_text(method, notification.event, shown, self.config.mail_from,
+                                notification.target,
                                 [(each.start, each.end) for each in coming[1:]])
         when = self.config.told_time(first.start, found.tz)
-        word = 'Cancelled' if goes else INVITED.get(notice.code, 'Changed')
-        send_invitation(self.config, notice, f'{word}: {found.label}, {when}',
+        word = 'Cancelled' if goes else INVITED.get(notification.code, 'Changed')
+        send_invitation(self.config, notification, f'{word}: {found.label}, {when}',
                         '\n'.join(filter(None, [f'{word}: {found.label}, {when}', *lines])),
-                        method, event, stop_link(self.config, notice.target))
+                        method, event, stop_link(self.config, notification.target))
 
     def do_time(self, call: Job) -> float | None:
         """By how much the clock of a cloud is ahead of the uptime."""
@@ -18527,7 +18545,8 @@ class Workers:
     def under_way(self) -> bool:
         """Whether a call may still end in time: a worker has it, or will be free for it."""
         hanging = Counter(call.account for call in self.hanging)
-        return any(hanging[call.account] < self.config.workers for call in self.flying.values())
+        return any(hanging[call.account] < self.config.workers
+                   for call in self.running_calls.values())
 
     def gather(self) -> list[Job]:
         """The calls that ended, which is not on disk yet."""
@@ -18540,8 +18559,8 @@ class Workers:
         process to find out."""
         for result in self.ended:
             self.hanging.discard(result)
-            if self.flying.get(result.key) is result:
-                del self.flying[result.key]
+            if self.running_calls.get(result.key) is result:
+                del self.running_calls[result.key]
         self.ended.clear()
 
 
@@ -18577,7 +18596,7 @@ class Health:
         """Counts a cloud's failures in a row; after some it is left alone, longer and longer."""
         before, error = self.breakers[result.account], result.error
         if not (isinstance(error, CloudError) and error.ill):
-            if not isinstance(error, LostLease) and result.ended > before.until:
+            if not isinstance(error, LostLeadership) and result.ended > before.until:
                 self.breakers[result.account] = Breaker()
                 if before.failures >= TRIPS:
                     log.warning('cloud %s works again', result.account)
@@ -18594,26 +18613,26 @@ class Health:
 
 
 class Post:
-    """Which notices go out, and what becomes of them."""
+    """Which notifications go out, and what becomes of them."""
 
     def __init__(self, workers: Workers, health: Health):
         self.config, self.workers, self.health = workers.config, workers, health
-        self.calm_until = 0.0  # until when notices that have to wait for others are left alone
+        self.calm_until = 0.0  # until when those that have to wait for others are left alone
 
-    def next_notices(self, now: float) -> list:
-        """The notices that go out now: by turns of their owners, and few to one host at a time.
+    def next_notifications(self, now: float) -> list:
+        """What goes out now: by turns of the owners, and few to one host at a time.
 
-        Each target is told in order, one notice of an owner after another. An owner has a quarter
-        of the workers and mail half of them: silent hosts of some delay nobody else's notices.
+        Each target is told in order, one notification of an owner after another. An owner has a
+        quarter of the workers and mail half of them: silent hosts of some delay nobody else.
         """
-        under_way = [key for key in self.workers.flying if key[0] == 'notice']
+        under_way = [key for key in self.workers.running_calls if key[0] == 'notice']
         most = self.config.workers - len(under_way)
         if most <= 0 or now < self.calm_until:  # nothing has changed for those that had to wait
             return []
         owners = Counter(key[2] for key in under_way)
         hosts = Counter(host_of(key[1]) for key in under_way)
         _, is_aside = not_real_yet()
-        heads = [each for each in those_due('notice', NOTICES, now, 'ORDER BY n.id')
+        heads = [each for each in those_due('notice', NOTIFICATIONS, now, 'ORDER BY n.id')
                  if not is_aside(each.event)]
         queues = {those[0].owner: iter(those) for those in grouped(heads, 'owner')}
         chosen: list = []
@@ -18621,69 +18640,69 @@ class Post:
             owner = min(queues, key=owners.__getitem__)
             full = owners[owner] >= max(self.config.workers // 4, 1)
             may_go = (each for each in queues[owner] if not full and self.has_room(each, hosts))
-            notice = next(may_go, None)
-            if notice is None:
+            notification = next(may_go, None)
+            if notification is None:
                 del queues[owner]
-            elif not (notice.invites and self.is_invited_enough(notice, now)):
-                chosen.append(notice)
+            elif not (notification.invites and self.is_invited_enough(notification, now)):
+                chosen.append(notification)
                 owners[owner] += 1
-                hosts[host_of(notice.target)] += 1
+                hosts[host_of(notification.target)] += 1
         self.calm_until = now + 0.5 if len(heads) > len(chosen) else 0.0
         return chosen
 
-    def is_invited_enough(self, notice, now: float) -> bool:
+    def is_invited_enough(self, notification, now: float) -> bool:
         """Drops an invitation where as many were sent for a user today as may be."""
-        if notice.tries:
+        if notification.tries:
             return False
         with transaction():
             total, = run('INSERT INTO mailed (owner, day, number) VALUES (?, ?, 1) '
                          'ON CONFLICT (owner) DO UPDATE SET day = excluded.day, number = '
                          '1 + iif(mailed.day = excluded.day, mailed.number, 0) RETURNING number',
-                         f'{notice.owner} invites', int(now // 86400)).fetchone()
+                         f'{notification.owner} invites', int(now // 86400)).fetchone()
             if enough := total > self.config.invitations_per_day:
-                change(Outbox, notice.id, due=None, fault='too many invitations today')
+                change(Outbox, notification.id, due=None, fault='too many invitations today')
         return enough
 
-    def has_room(self, notice, hosts: Counter) -> bool:
-        """Whether a notice can go out while so many are on their way; the operator's can."""
-        if self.workers.busy(('notice', notice.target, notice.owner)):
+    def has_room(self, notification, hosts: Counter) -> bool:
+        """Whether a notification can go out while so many are on their way; the operator's can."""
+        if self.workers.busy(('notice', notification.target, notification.owner)):
             return False
-        host = host_of(notice.target)
+        host = host_of(notification.target)
         most = PER_HOST if host else max(self.config.workers // 2, 1)
-        return not notice.owner or hosts[host] < most
+        return not notification.owner or hosts[host] < most
 
     def record(self, result: Job, now: float) -> None:
-        notice, error = result.target, result.error
+        notification, error = result.target, result.error
         self.calm_until = 0.0
         if not error:
-            change(Outbox, notice.id, due=None, fault='')
-            if notice.tries:
-                self.hurry_to(host_of(notice.target), now)
+            change(Outbox, notification.id, due=None, fault='')
+            if notification.tries:
+                self.hurry_to(host_of(notification.target), now)
             return
-        tries = notice.tries + 1
+        tries = notification.tries + 1
         due = now + self.health.pause(tries, RARELY)
-        if now - notice.at > GIVE_UP:
-            self.give_up_telling(notice, error, now)
+        if now - notification.at > GIVE_UP:
+            self.give_up_telling(notification, error, now)
             # What comes after it goes to the same dead end, so it need not be tried as often anew.
             run('UPDATE outbox SET tries = ?, due = ? WHERE id = (SELECT min(id) FROM outbox WHERE '
                 'due IS NOT NULL AND target = ? AND owner = ?)',
-                tries, due, notice.target, notice.owner)
+                tries, due, notification.target, notification.owner)
             return
-        change(Outbox, notice.id, tries=tries, due=due, fault=str(error)[:500])
+        change(Outbox, notification.id, tries=tries, due=due, fault=str(error)[:500])
 
-    def give_up_telling(self, notice, error: Exception, now: float) -> None:
-        """Gives up a notice, and what else waits for the same target for as long."""
+    def give_up_telling(self, notification, error: Exception, now: float) -> None:
+        """Gives up a notification, and what else waits for the same target for as long."""
         given_up = run(
             'UPDATE outbox SET due = NULL, fault = ? WHERE id IN (SELECT n.id FROM outbox n '
             'JOIN event e ON e.id = n.event_id WHERE n.due IS NOT NULL AND n.target = ? '
-            'AND n.owner = ? AND e.at < ?)', f'given up: {error}'[:500], notice.target,
-            notice.owner, now - GIVE_UP).rowcount
-        log.warning('gave up telling %s of event %s%s: %s', notice.target, notice.event,
+            'AND n.owner = ? AND e.at < ?)', f'given up: {error}'[:500], notification.target,
+            notification.owner, now - GIVE_UP).rowcount
+        log.warning('gave up telling %s of event %s%s: %s', notification.target, notification.event,
                     f' and {given_up - 1} others' if given_up > 1 else '', error)
 
     def hurry_to(self, host: str, now: float) -> None:
-        """Lets all notices go out that waited for a host, or for our mail server: it is well."""
-        for each in rows(f"{NOTICES} WHERE n.due > ? AND {DUE['notice'][2]}", now):
+        """Lets all go out that waited for a host, or for our mail server: it is well."""
+        for each in rows(f"{NOTIFICATIONS} WHERE n.due > ? AND {DUE['notice'][2]}", now):
             if host_of(each.target) == host:
                 change(Outbox, each.id, due=now)
 
@@ -18743,7 +18762,7 @@ class Planning:
         """Plans its servers first, then what is told of it."""
         servers = self.servers()
         may_run = self.boots and not self.over and not self.occurrence.idle
-        # Machines that are there stay, also where the clock was set back to before their start.
+        # VMs that are there stay, also where the clock was set back to before their start.
         runs = may_run and (servers or self.now >= self.occurrence.held_from)
         wanted = self.occurrence.vms if runs else 0
         missing = sorted(set(range(1, wanted + 1)) - {server.n for server in servers})
@@ -18762,7 +18781,7 @@ class Planning:
             return
         if wanted:
             self.tell_up(self.servers() if missing or spare else servers)
-        self.announce()
+        self.send_reminders()
         if may_run and not wanted:
             self.look_ahead()
         due = self.next_look()
@@ -18839,11 +18858,11 @@ class Planning:
         lost = [each for each in servers
                 if each.state == 'error' and each.ready and not each.borrowed]
         if lost and self.ended and at_end != 'delete':
-            self.tell('forced', f'these VMs are in error, so cmres could not do the agreed {at_end} '
-                                f'and deletes them: {named(lost)}')
+            self.tell('forced', 'these VMs are in error, so cmres could not do the agreed '
+                                f'{at_end} and deletes them: {named(lost)}')
 
     def handed_on(self) -> bool:
-        """Whether the next reservation of the same machine has begun, so that it must go on."""
+        """Whether the next reservation of the same VM has begun, so that it must go on."""
         return bool(row('SELECT o.id FROM occurrence o JOIN reservation r ON r.id = '
                         "o.reservation_id WHERE r.server = ? AND r.server <> '' AND o.id <> ? AND "
                         'o.cancelled IS NULL AND o.due IS NOT NULL AND o.held_from <= ? AND '
@@ -18858,11 +18877,11 @@ class Planning:
             change(Server, server.id, goal='delete', state='active', snapshot='', due=self.now)
         if late:
             grace = format_duration(self.config.end_grace)
-            self.tell('forced', f'cmres could not {self.occurrence.at_end} these VMs within {grace} '
-                                f'after the end and deletes them: {named(late)}')
+            self.tell('forced', f'cmres could not {self.occurrence.at_end} these VMs within '
+                                f'{grace} after the end and deletes them: {named(late)}')
 
     def release_unused(self) -> bool:
-        """Warns of, and then releases, one on which nobody has booted anything; whether it did."""
+        """Warns of, and then releases, one on which nobody has started anything; whether it did."""
         at = self.occurrence
         if not at.no_show or not at.mode or self.boots or at.idle or row(
                 'SELECT id FROM claim WHERE occurrence = ? LIMIT 1', self.id):
@@ -18883,12 +18902,12 @@ class Planning:
         self.service.admission.cancel([found], self.now, why)
 
     def end_foreign(self) -> None:
-        """Reports machines that people booted by themselves on what is over now; deletes them if
+        """Reports VMs that people started by themselves on what is over now; deletes them if
         that is set, again and again until they are gone."""
         (foreign, ends), cloud = self.foreign(), self.occurrence.cloud
-        if foreign and not self.told & FOREIGN:
+        if foreign and not self.told & USER_STARTED:
             self.tell('foreign', what_becomes(foreign, ends))
-        self.told |= FOREIGN
+        self.told |= USER_STARTED
         for each in foreign if ends else ():
             self.workers.submit(('clear', each), 'clear', cloud, each, cloud)
         if foreign and ends:
@@ -18896,7 +18915,7 @@ class Planning:
                 self.now + self.config.poll_changing, self.id)
 
     def foreign(self) -> tuple[list[str], bool]:
-        """The VMs that people booted in it by themselves, and whether they end with it."""
+        """The VMs that people started in it by themselves, and whether they end with it."""
         usual = 'delete' if self.config.delete_user_started else 'keep'
         return started_by_users(self.id), (self.occurrence.user_started or usual) == 'delete'
 
@@ -18957,10 +18976,10 @@ class Planning:
             how = 'shelved' if stay[0].goal == 'shelve' else 'stopped'
             self.tell('stopped', f'{how} and not deleted: {named(stay)}')
 
-    def announce(self) -> None:
+    def send_reminders(self) -> None:
         """Tells of a start or an end that comes soon, once."""
         start, end = self.occurrence.start, self.occurrence.end
-        soon, ending = self.notice_times()
+        soon, ending = self.reminder_times()
         if self.over:
             return
         if soon <= self.now < start and not self.told & SOON:
@@ -18981,7 +19000,7 @@ class Planning:
         about = row('SELECT * FROM reservation WHERE id = ?', at.reservation_id)
         sight = self.clouds.sight(self.account, at.project, json.loads(about.trusted))
         needs = NOTHING if at.server else self.needed_at(at.held_from)
-        asked = Ahead(self.id, made_in(about), sight, needs, self.homeless())
+        asked = Ahead(self.id, made_in(about), sight, needs, self.affected())
         self.workers.submit(('ahead', self.id), 'ahead', self.account, asked, at.cloud)
 
     def needed_at(self, at: int) -> Amount:
@@ -19003,7 +19022,7 @@ class Planning:
                 total += amount_of(each) // each.vms * (wanted - each.up)
         return total
 
-    def homeless(self) -> int:
+    def affected(self) -> int:
         """For how many of its VMs no host is planned, where hosts are planned."""
         at = self.occurrence
         takes = at.vcpus or at.ram or at.classes
@@ -19014,7 +19033,7 @@ class Planning:
                      json.dumps([*placed]), at.held_until)
         return at.vms - sum(placed[each.id] for each in there)
 
-    def notice_times(self) -> tuple[float, float]:
+    def reminder_times(self) -> tuple[float, float]:
         """When a start and an end are announced; the end of a short window, in its middle."""
         start, end, before = self.occurrence.start, self.occurrence.end, self.config.remind_before
         return start - before, end - min(before, (end - start) / 2)
@@ -19023,7 +19042,7 @@ class Planning:
         """When it must be planned again; None once it is over and nothing is to do."""
         at = self.occurrence
         if not self.over:
-            comes = (*self.notice_times(), at.held_from - self.config.check_ahead, at.held_from,
+            comes = (*self.reminder_times(), at.held_from - self.config.check_ahead, at.held_from,
                      at.start, at.end, self.asked + at.no_show // 2, self.asked + at.no_show,
                      self.up_check or 0)
             return min(each for each in comes if each > self.now)
@@ -19097,9 +19116,9 @@ class Dispatcher:
         self.trace_claims(now)
         if '' not in self.leader.served:
             return
-        for notice in self.post.next_notices(now):
-            key = 'notice', notice.target, notice.owner
-            self.workers.submit(key, 'notice', ' notices', notice)
+        for notification in self.post.next_notifications(now):
+            key = 'notice', notification.target, notification.owner
+            self.workers.submit(key, 'notice', ' notices', notification)
         # one at a time of each host: one that is slow holds no more than a worker
         for each in those_due('subscription', 'SELECT u.* FROM subscription u', now,
                               'ORDER BY u.due'):
@@ -19112,7 +19131,7 @@ class Dispatcher:
                and not self.workers.busy(('server', server.id))]
         if not due:
             return
-        calls = *self.workers.flying.values(), *self.workers.hanging
+        calls = *self.workers.running_calls.values(), *self.workers.hanging
         self.taken = Counter(each.account for each in calls)
         needs, waits = [], {}
         with self.leader.acting():
@@ -19137,10 +19156,10 @@ class Dispatcher:
         starts = verb in ('boot', 'start') and server.goal == 'up'
         if starts and self.must_wait(server, waits, now):
             return []
-        return [(verb, server)] if verb == 'look' else self.intend(verb, server, now)
+        return [(verb, server)] if verb == 'look' else self.plan_call(verb, server, now)
 
     def trace_claims(self, now: float) -> None:
-        """Lets clouds be asked whether servers are still there that people have booted."""
+        """Lets clouds be asked whether servers are still there that people have started."""
         claims: dict = defaultdict(list)
         clouds = json.dumps([*self.leader.served])
         for each in those_due('claim', 'SELECT c.id, c.server, c.asked, s.cloud FROM claim c '
@@ -19176,7 +19195,7 @@ class Dispatcher:
         if server.fault != why:
             look_again(server.occurrence_id, now)
 
-    def intend(self, verb: str, server, now: float) -> list:
+    def plan_call(self, verb: str, server, now: float) -> list:
         """Writes what will be done; the calls that it takes."""
         if verb == 'drop':
             change(Server, server.id, state='deleted', deleted=now, due=None)
@@ -19218,7 +19237,7 @@ def lent_things(clouds: Clouds, found, place) -> Iterator[tuple[str, str, str, L
         yield place.cloud, 'aggregate', f'{found.part} {found.host}', lent
     else:
         asked = next(each['asked'] for each in json.loads(found.parts) if each['id'] == found.part)
-        disk = asked.get('disk_gb') or 1  # Nova boots from no disk of 0
+        disk = asked.get('disk_gb') or 1  # Nova starts from no disk of 0
         yield place.cloud, 'flavor', found.part, lent._replace(
             vcpus=found.vcpus // found.vms, ram=found.ram // found.vms, disk=disk,
             like=found.flavor)
@@ -19375,7 +19394,7 @@ class Reconciler:
         self.config, self.service = workers.config, workers.service
         self.leader, self.workers, self.health = workers.leader, workers, health
         self.watch = watch
-        # Since when servers were seen to boot, by account and mark.
+        # Since when servers were seen to start, by account and mark.
         self.building: dict[str, dict] = defaultdict(dict)
         self.reported: set[str] = set()  # orphans that wait for an admin
         self.deeds = {
@@ -19404,7 +19423,7 @@ class Reconciler:
         try:
             with Attempt():
                 self.record_one(result, now)
-        except (*STORE_ERRORS, LostLease):
+        except (*STORE_ERRORS, LostLeadership):
             raise
         except Exception:  # of any kind: the results of others come still
             log.exception('the result of %s for %s could not be recorded', result.verb,
@@ -19413,7 +19432,7 @@ class Reconciler:
     def record_one(self, result: Job, now: float) -> None:
         if result.key[0] == 'server':
             self.record_of_server(result, now)
-        elif not isinstance(result.error, LostLease):  # else it is due still
+        elif not isinstance(result.error, LostLeadership):  # else it is due still
             self.deeds[result.verb](result, now)
 
     def record_of_server(self, result: Job, now: float) -> None:
@@ -19422,7 +19441,7 @@ class Reconciler:
             or server.cloud not in self.leader.held):
             return
         change(Server, server.id, intended=None)
-        if isinstance(result.error, LostLease):
+        if isinstance(result.error, LostLeadership):
             change(Server, server.id, due=now,
                    **({'state': 'planned'} if result.verb == 'boot' else {}))
         elif result.verb == 'boot':
@@ -19513,8 +19532,8 @@ class Reconciler:
         pause = max(self.config.calendar_poll, self.health.pause(tries, RARELY) if error else 0)
         fault = {'fault': fault_of(error)[:500]} if error else {'fault': ''} | result.answer
         if error and str(error) != subscription.fault:
-            self.service.journal(now, 'trouble',
-                                 f'calendar {subscription.id} of {subscription.user}: {error}')
+            self.service.log_event(now, 'trouble',
+                                   f'calendar {subscription.id} of {subscription.user}: {error}')
         run('UPDATE subscription SET due = ? WHERE id = ? AND due IS NOT NULL', now + pause,
             subscription.id)
         change(Subscription, subscription.id, tries=tries, polled=now, **fault)
@@ -19538,13 +19557,13 @@ class Reconciler:
             "state <> 'deleted'", now + self.config.poll_running, account)
         self.clear_orphans(result, orphans_in(seen, matched), now)
 
-    def forget_builds(self, account: str, seen: dict[str, Seen]) -> None:
-        """Forgets since when servers boot that boot no longer."""
+    def forget_builds(self, account: str, seen: dict[str, ServerStatus]) -> None:
+        """Forgets since when servers start that start no longer."""
         builds = {each.mark for each in seen.values() if each.state == 'build'}
         self.building[account] = {mark: since for mark, since in self.building[account].items()
                                   if mark in builds}
 
-    def compare(self, server, found: Seen | None, result: Job, now: float) -> list:
+    def compare(self, server, found: ServerStatus | None, result: Job, now: float) -> list:
         """Records what a look at its cloud shows of a server, if anything; it, if it vanished."""
         here, gone = server.account == result.account, server.uid in result.answer[1]
         if server.state in FINAL:
@@ -19558,7 +19577,7 @@ class Reconciler:
         may_be_gone = gone or not server.uid or server.goal != 'up' and not server.borrowed
         return self.record_missing(server, result.began, now) if here and may_be_gone else []
 
-    def matched(self, seen: dict[str, Seen]) -> list[tuple]:
+    def matched(self, seen: dict[str, ServerStatus]) -> list[tuple]:
         """The servers that the store tells of, each with what a cloud shows of it, if anything."""
         marked = {each.mark: each for each in reversed(seen.values()) if each.mark}
         known = rows(f"{SERVERS} WHERE v.state <> 'deleted' AND (v.tries > 0 OR v.borrowed) "
@@ -19567,7 +19586,7 @@ class Reconciler:
             None if server.borrowed else marked.get(self.workers.mark(server))))
             for server in known]
 
-    def clear_orphans(self, look: Job, orphans: list[Seen], now: float) -> None:
+    def clear_orphans(self, look: Job, orphans: list[ServerStatus], now: float) -> None:
         """Removes servers of ours that nothing wants; after a restore, once an admin says so."""
         left, restored = adopted(), fact('restored')
         for each in orphans:
@@ -19578,9 +19597,9 @@ class Reconciler:
                                     look.cloud)
             elif each.uid not in self.reported:
                 self.reported.add(each.uid)
-                self.service.journal(now, 'orphan', UNKNOWN.format(each.uid, look.account))
+                self.service.log_event(now, 'orphan', UNKNOWN.format(each.uid, look.account))
 
-    def record_seen(self, server, seen: Seen, now: float) -> None:
+    def record_seen(self, server, seen: ServerStatus, now: float) -> None:
         """A server that is there: adopt it, and go on from the state that it is in."""
         if server.borrowed and seen.name not in ('', server.name):
             change(Server, server.id, name=seen.name)
@@ -19598,7 +19617,7 @@ class Reconciler:
         else:
             self.record_state(server, seen, now)
 
-    def record_delay(self, server, seen: Seen, now: float) -> None:
+    def record_delay(self, server, seen: ServerStatus, now: float) -> None:
         """What was asked for is not so yet; after a while it is asked for once more."""
         if now < server.called + self.config.call_timeout:
             change(Server, server.id, due=now + self.config.poll_changing)
@@ -19606,7 +19625,7 @@ class Reconciler:
         state = 'error' if server.state == 'deleting' else seen.state
         change(Server, server.id, state=state, due=now)
 
-    def record_up(self, server, seen: Seen, now: float) -> None:
+    def record_up(self, server, seen: ServerStatus, now: float) -> None:
         """It is up; what is shown of it changes only if that is news."""
         if server.state == 'active' and server.addresses == json.dumps(seen.addresses):
             return
@@ -19618,7 +19637,7 @@ class Reconciler:
             int(now), server.occurrence_id)
         look_again(server.occurrence_id, now)
 
-    def record_state(self, server, seen: Seen, now: float) -> None:
+    def record_state(self, server, seen: ServerStatus, now: float) -> None:
         """It is in a state from which it goes on by itself, or that calls for something."""
         later = now + self.config.poll_changing
         known = server.uid and server.state == seen.state  # then its instant is set already
@@ -19630,7 +19649,8 @@ class Reconciler:
             look_again(server.occurrence_id, now)
 
     def too_slow(self, server) -> bool:
-        """Whether this process has seen a server boot for too long; by a clock that nobody sets."""
+        """Whether this process has seen a server start for too long, by a clock that nobody sets.
+        """
         now, builds = time.monotonic(), self.building[server.account]
         return now >= builds.setdefault(self.workers.mark(server), now) + self.config.boot_timeout
 
@@ -19670,14 +19690,14 @@ class Reconciler:
             change(Server, server.id, begun=None, ready=None)
 
 
-# Life cycle ###################################################################
+# Scheduler ###################################################################
 #
-# One idempotent pass, `converge`, makes of what is wanted what is; repeating it is all there is.
+# One idempotent pass, `reconcile`, makes of what is wanted what is; repeating it is all there is.
 # It records the calls that ended, plans servers for what has begun, gives them up for what is
 # over, and hands the next calls to workers. One thread thinks and writes.
 
 
-class LifeCycle:
+class Scheduler:
     """Boots what has begun, ends what is over, and looks whether it is so, by the clocks that
     `Clocks` takes."""
 
@@ -19702,7 +19722,7 @@ class LifeCycle:
         self.zones, self.fresh_until = '', 0.0
         self.tidied = 0.0  # when old things were last looked for
 
-    def converge(self, now: float) -> bool:
+    def reconcile(self, now: float) -> bool:
         """One pass, if this process may act; a later one records the calls that it begins."""
         if not self.lead(now):
             self.workers.gather()
@@ -19726,14 +19746,14 @@ class LifeCycle:
         if now < self.clocks.latest - 2:
             log.warning('the clock was set back by %.0f seconds', self.clocks.latest - now)
             with self.leader.acting():
-                self.pull_forward(now, self.leader.held)
+                self.reset_due_times(now, self.leader.held)
             self.sweep()
         self.clocks.latest = now
 
     def work(self, now: float, acts_for_none: bool) -> None:
         """What is due: who waits and what goes, then what VMs need, then the calls for that."""
         if acts_for_none:
-            self.goes_on |= self.admit_waiting(now)
+            self.goes_on |= self.serve_waiting_list(now)
             self.goes_on |= self.drop_staged(now)
             self.do_later(now)
         self.goes_on |= self.planner.plan(now)
@@ -19744,7 +19764,7 @@ class LifeCycle:
 
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""
-        while (acting := self.converge(self.clocks.clock())) and (
+        while (acting := self.reconcile(self.clocks.clock())) and (
                 self.goes_on or self.workers.under_way()):
             self.wake.wait(0 if self.goes_on else 1)
             self.wake.clear()
@@ -19794,7 +19814,7 @@ class LifeCycle:
 
     def one_pass(self) -> float:
         """The seconds until the next pass is due."""
-        acts = self.converge(self.clocks.clock())
+        acts = self.reconcile(self.clocks.clock())
         self.passed = time.monotonic()
         if not acts:
             return min(self.leader.calm_until - self.clocks.now(), 1)
@@ -19805,9 +19825,9 @@ class LifeCycle:
         """Does what is repeated: what goes wrong is only logged, and 1 the seconds to wait."""
         try:
             return deed(*what)
-        except LostLease as error:
+        except LostLeadership as error:
             log.warning('%s', error)
-        except Exception as error:  # the next pass may do better; people wait for machines
+        except Exception as error:  # the next pass may do better; people wait for VMs
             if refusal := error if isinstance(error, Unavailable) else trouble(error):
                 log.warning('waiting: %s', refusal)
             else:
@@ -19828,7 +19848,8 @@ class LifeCycle:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def wait_for_calls(self, until: float) -> None:
-        while self.workers.flying and time.monotonic() < until and self.lead(self.clocks.clock()):
+        while (self.workers.running_calls and time.monotonic() < until
+               and self.lead(self.clocks.clock())):
             self.wake.wait(0.1)
             self.wake.clear()
             self.reconciler.record(self.clocks.now())
@@ -19846,7 +19867,7 @@ class LifeCycle:
 
     def lead(self, now: float) -> bool:
         """Whether this process may act; of what it has just taken over, it looks at everything."""
-        if taken := self.leader.lead(now, self.pull_forward):
+        if taken := self.leader.lead(now, self.reset_due_times):
             log.info('this scheduler acts for %s now', ', '.join(
                 repr(cloud) if cloud else 'what belongs to no cloud' for cloud in sorted(taken)))
             self.ask_clouds(taken, 'look', known_on)
@@ -19856,12 +19877,13 @@ class LifeCycle:
 
     def give_one(self, now: float) -> None:
         """Lets another scheduler have a cloud: when its calls have ended, or have had a while."""
-        leader, flying = self.leader, Counter(each.cloud for each in self.workers.flying.values())
+        leader = self.leader
+        running_calls = Counter(each.cloud for each in self.workers.running_calls.values())
         if leader.leaving is None:
-            leader.leaving = min(sorted(leader.held), key=lambda each: flying[each])
+            leader.leaving = min(sorted(leader.held), key=lambda each: running_calls[each])
             leader.since = now
         patience = self.config.leader_timeout / 2
-        if not (flying[leader.leaving] and leader.since <= now < leader.since + patience):
+        if not (running_calls[leader.leaving] and leader.since <= now < leader.since + patience):
             self.hand_over({leader.leaving})
             leader.spare = 0  # until the next look
 
@@ -19884,7 +19906,7 @@ class LifeCycle:
                     stop.wait(0.02)  # where much is written, not each of it
         return 3600
 
-    def pull_forward(self, now: float, clouds: set[str]) -> None:
+    def reset_due_times(self, now: float, clouds: set[str]) -> None:
         """Lets nothing wait for an instant that an older clock or another process has reckoned."""
         latest, pause = max(self.clocks.latest, now), now + self.config.retry_max
         longest, those = now + self.config.call_timeout, json.dumps([*clouds])
@@ -19975,34 +19997,35 @@ class LifeCycle:
                 self.service.series.refresh(reservation, now)
                 change(Reservation, reservation, carried=stamp)
         # that is wrong with the store, or with all
-        except (peewee.OperationalError, Unavailable, LostLease):
+        except (peewee.OperationalError, Unavailable, LostLeadership):
             raise
         except Exception as error:  # of any kind: others are carried on
             log.warning('the series of reservation %s could not be continued: %s', reservation,
                         error, exc_info=not isinstance(error, Error))
             with self.leader.acting():
                 change(Reservation, reservation, carried=stamp)
-                journal(self.config, now, 'cmres', 'trouble',
-                        f'the series could not be continued: {fault_of(error)}'[:1000], reservation)
+                log_event(self.config, now, 'cmres', 'trouble',
+                          f'the series could not be continued: {fault_of(error)}'[:1000],
+                          reservation)
 
     def tidy(self, now: float) -> None:
         """While no call is under way, forgets a little of what is long over."""
-        if self.workers.flying or self.tidied <= now < self.tidied + 600:
+        if self.workers.running_calls or self.tidied <= now < self.tidied + 600:
             return
         with self.leader.acting():
             forgotten = self.service.forget(now)
         self.tidied = 0.0 if forgotten else now
 
-    def admit_waiting(self, now: float) -> bool:
+    def serve_waiting_list(self, now: float) -> bool:
         """Admits those for whom something has become free; whether to look once more."""
         if not any(is_due(each, now) for each in ('wait', 'pending', 'proposal')):
             return False
         replans.begin(FEW_SEARCHES)
         if planned_by_host():
             with self.service.writing(dry_run=True):  # a search takes no lock
-                self.service.waiting.admit_waiting(now)
+                self.service.waiting.serve_waiting_list(now)
         with self.leader.acting():
-            return self.service.waiting.admit_waiting(now)
+            return self.service.waiting.serve_waiting_list(now)
 
     def drop_staged(self, now: float) -> bool:
         """Erases some of what a process had begun to write, and has not gone on with."""
@@ -20457,7 +20480,7 @@ def statuses_of(operation: Operation, verb: str) -> set[int]:
 # Idempotency-Key, that it was not done before. Both are looked at in the transaction that does it.
 
 MOST_BODY = 2**20  # bytes
-LATE = 60  # seconds without a pass after which a life cycle is taken for broken
+LATE = 60  # seconds without a pass after which a scheduler is taken for broken
 LEAST_GZIP = 1000  # bytes of an answer below which compressing it is in vain
 #: Of every answer that is no page.
 UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
@@ -20824,7 +20847,7 @@ def mistake(error: Exception, request) -> Error:
 
 
 def health(service: Reservations):
-    """Says whether the store can be read and the life cycle goes on; the address needs no token."""
+    """Says whether the store can be read and the scheduler goes on; the address needs no token."""
     row('SELECT 1 AS one')
     age = service.age() if service.age else 0
     status, body = 200, {'status': 'ok'} | ({'last_pass': round(age, 1)} if service.age else {})
@@ -20909,7 +20932,7 @@ def disk_free(path: str) -> int:
 
 
 class Readiness:
-    """Tells whether the store can be written and is whole, and the life cycle makes its passes. It
+    """Tells whether the store can be written and is whole, and the scheduler makes its passes. It
     needs no token; whoever asks often gets the answer of the second before."""
 
     def __init__(self, service: Reservations):
@@ -21066,7 +21089,8 @@ def by_keystone(service: Reservations, request) -> Actor | None:
     ask = functools.partial(ask_keystone, service, token)
     with noting_wrong(service, request.environ):
         found = service.clouds.keystone.told(token, ask)
-    return let_in(service, request, found.user, found.project or 'system', role_of(service, found))
+    return place_waiting(service, request, found.user, found.project or 'system',
+                         role_of(service, found))
 
 
 def ask_keystone(service: Reservations, whose: str, call: Callable, patience: float):
@@ -21097,17 +21121,17 @@ def by_proxy(service: Reservations, request) -> Actor | None:
     if role not in ROLES:
         raise Forbidden(f"the proxy says that your role is '{role}'; it must be one of "
                         f"{', '.join(ROLES)}")
-    return let_in(service, request, user, project, role)
+    return place_waiting(service, request, user, project, role)
 
 
 def in_utf8(said: str) -> str:
-    """A header in UTF-8, as proxies send names; if it is in none, as it is: names stay different."""
+    """A header in UTF-8, as proxies send names; else as it is, so that names stay different."""
     with suppress(UnicodeError):
         return said.encode('latin1').decode()
     return said
 
 
-def let_in(service: Reservations, request, user: str, project: str, role: str) -> Actor:
+def place_waiting(service: Reservations, request, user: str, project: str, role: str) -> Actor:
     """Somebody whom others know, under the names of [identities] if their ids stand there."""
     user, project = service.names_of(user)[0], service.names_of(project)[0]
     note_caller(service, request.environ, SimpleNamespace(
@@ -21247,9 +21271,9 @@ LIMITED_ELSEWHERE = (*(f'{each}_per_user' for each in STILL), 'notices_per_day',
 
 class Gate:
     """What stands before the application of a service, and knows what is measured there; `cycle` is
-    the life cycle of this process."""
+    the scheduler of this process."""
 
-    def __init__(self, app: bottle.Bottle, service: Reservations, cycle: LifeCycle | None = None):
+    def __init__(self, app: bottle.Bottle, service: Reservations, cycle: Scheduler | None = None):
         self.app, self.service = app, service
         self.store = StoreMetrics(service, cycle)
         self.reader = ''  # the hash of the token that has read metrics last
@@ -21394,9 +21418,9 @@ def network_of(text: str) -> str:
 
 
 class StoreMetrics:
-    """What /metrics tells beside what is counted: how the store and the life cycle stand."""
+    """What /metrics tells beside what is counted: how the store and the scheduler stand."""
 
-    def __init__(self, service: Reservations, cycle: LifeCycle | None):
+    def __init__(self, service: Reservations, cycle: Scheduler | None):
         self.service, self.cycle, self.lock = service, cycle, threading.Lock()
         self.seen: int | None = None  # the last event that was counted
         for code in TEXTS:  # Prometheus sees no increase from nothing to one
@@ -21474,7 +21498,7 @@ class StoreMetrics:
         if not is_server(path):
             yield 'disk_free_bytes', (), disk_free(path)
         for account, breaker in [*self.cycle.health.breakers.items()] if self.cycle else ():
-            if account.startswith(' '):  # hosts of notices and calendars, which are no cloud
+            if account.startswith(' '):  # hosts of notifications and calendars, which are no cloud
                 continue
             left_alone = breaker.failures >= TRIPS or breaker.until > self.service.clock()
             yield 'cloud_left_alone', (('cloud', account),), int(left_alone)
@@ -21538,7 +21562,7 @@ ON_HOSTS_SO = {None: '', True: TOGETHER, False: APART}
 #: What resource_properties can say of a reservation itself, not of a host.
 LEASE_WORDS = (*dict.fromkeys(('image', *(name for name, each in MADE_OF.items()
                                           if each.kind is Name and each.ask))), 'at_end')
-LEASE_PLACES = ('resource', *PLACE)
+LEASE_PLACES = ('resource', *LOCATION)
 MOST_LEASES = 10_000  # that one list has
 
 
@@ -21661,7 +21685,7 @@ class LeaseApi:
         things = [each for found in mine for each in lent_things(
             self.acting.clouds, found, places[found.resource_id]) if each[1] == 'server_group']
         first = {name: (account, lent) for account, _, name, lent in reversed(things)}
-        with suppress(CloudError):  # the life cycle tries it again
+        with suppress(CloudError):  # the scheduler tries it again
             for name, (account, lent) in first.items():
                 call = operator.methodcaller('lend_one', 'server_group', name, lent)
                 if not lent.make:
@@ -21767,7 +21791,7 @@ class LeaseApi:
         held = rows(f'SELECT reservation FROM blazar_hold WHERE {which}', found.id,
                     *filter(None, [part]))
         look, ids = self.acting.look, [each.reservation for each in held]
-        return look.search([look.among('o.reservation_id', ids), (NOT_OVER,)])
+        return look.search([look.among('o.reservation_id', ids), (UNFINISHED,)])
 
     def end(self, found) -> None:
         """Ends what a lease has reserved and is not over; inside a transaction."""
@@ -21884,7 +21908,7 @@ class LeaseApi:
             named, network = json.loads(place.named or '{}'), network_behind(place)[2]
             if bool(network) != addresses:
                 continue
-            for name, holds in (named or {place.name: in_figures(capacity(place))}).items():
+            for name, holds in (named or {place.name: by_class(capacity(place))}).items():
                 id = (derived_uuid(f'{place.aggregate} {name}') if network else
                       host_id(place.cloud if named else f'resource {place.id}', name))
                 figures = {key: f'{most}' for key, most in holds.items() if key.isupper()}
@@ -21991,9 +22015,9 @@ class LeaseRequests:
                 names = [f'{label}-{n}' for n in range(1, total + 1)] if total > 1 else [label]
                 each = [choice[min(n, len(choice) - 1)] for size, choice in zip(sizes, choices)
                         for n in range(size)]
-                wishes = [[wish._replace(label=name) for wish in choice]
-                          for name, choice in zip(names, each)]
-                found.append((Request(label, wishes, False, 0, 0), sizes))
+                specs = [[spec._replace(label=name) for spec in choice]
+                         for name, choice in zip(names, each)]
+                found.append((Request(label, specs, False, 0, 0), sizes))
         if not found:
             raise Invalid(f'a lease has at most {MOST_PARTS} hosts and floating IPs')
         return found
@@ -22006,14 +22030,14 @@ class LeaseRequests:
         taken = taken_label(self.lease['project'], name, self.acting.clock())
         return f"{name[:51]}-{self.lease['id'][:8]}" if taken else name
 
-    def choices(self, asked: dict) -> list[list[Wish]]:
-        """The wishes for each of a part that must have a certain address, and for any other."""
+    def choices(self, asked: dict) -> list[list[Spec]]:
+        """The specs for each of a part that must have a certain address, and for any other."""
         certain = asked.get('required_floatingips') or []
         any_other = [''] if len(certain) < asked.get('max', 1) else []
-        return [self.wishes(asked | {'address': each}) for each in (*certain, *any_other)]
+        return [self.specs(asked | {'address': each}) for each in (*certain, *any_other)]
 
-    def wishes(self, asked: dict) -> list[Wish]:
-        """The wishes for one part, wherever it could be; the reason if that is nowhere."""
+    def specs(self, asked: dict) -> list[Spec]:
+        """The specs for one part, wherever it could be; the reason if that is nowhere."""
         conditions = read_properties(asked.get('resource_properties', ''))
         conditions += read_properties(asked.get('hypervisor_properties', ''))
         said = [each for each in conditions if each[1] in LEASE_WORDS]
@@ -22024,7 +22048,7 @@ class LeaseRequests:
         found, refusal = [], None
         for place in self.options(asked, rest):
             try:
-                found.append(self.acting.wishes.read_wish(self.wish(asked, words, place)))
+                found.append(self.acting.specs.read_spec(self.spec(asked, words, place)))
             except Error as error:
                 refusal = refusal or error
         if not found:
@@ -22043,12 +22067,12 @@ class LeaseRequests:
                           f"{', '.join((*LEASE_WORDS, *LEASE_PLACES))}"
                           f'{nearest(name, (*LEASE_WORDS, *LEASE_PLACES))}')
         for place in self.acting.look.places():
-            there = {'resource': place.name} | {each: getattr(place, each) for each in PLACE}
+            there = {'resource': place.name} | {each: getattr(place, each) for each in LOCATION}
             if all(is_compared(comparison, there[name], value)
                    for comparison, name, value in conditions):
                 yield {'resource': place.name}
 
-    def wish(self, asked: dict, words: dict, place: dict) -> dict:
+    def spec(self, asked: dict, words: dict, place: dict) -> dict:
         """The arguments of `add` for a part that is at a place."""
         given = self.common | words | place | {'vms': 1 if 'max' in asked else asked['amount'],
                                                'affinity': ON_HOSTS_SO[asked.get('affinity')]}
@@ -22484,12 +22508,12 @@ class Form:
             'TZID' in self.parameters.upper())
 
     def line(self, name: str, at: int) -> str:
-        wall = to_wall(instant(at), self.zone)
-        if self.whole and wall.time() == datetime.min.time():
-            return f'{name};VALUE=DATE:{wall:%Y%m%d}\r\n'
+        local = to_local(instant(at), self.zone)
+        if self.whole and local.time() == datetime.min.time():
+            return f'{name};VALUE=DATE:{local:%Y%m%d}\r\n'
         if self.whole or self.instant:
             return f'{name}:{stamp_of(at)}\r\n'
-        return folded(f'{name}{self.parameters}:{wall:%Y%m%dT%H%M%S}')
+        return folded(f'{name}{self.parameters}:{local:%Y%m%dT%H%M%S}')
 
     @functools.cached_property
     def plain(self) -> Component:
@@ -22504,7 +22528,7 @@ class Form:
     def exception(self, slot: Slot, like: Component | None = None) -> Component:
         """An occurrence of a series as an event of its own."""
         made = Component([*(like or self.plain).lines])
-        at = int(from_wall(datetime.fromisoformat(slot.key), self.zone).timestamp())
+        at = int(from_local(datetime.fromisoformat(slot.key), self.zone).timestamp())
         times = {'RECURRENCE-ID': at, 'DTSTART': slot.start, 'DTEND': slot.end}
         for name, at in times.items():
             made.put_line(name, self.line(name, at))
@@ -22554,14 +22578,14 @@ def take_remarks_out(event: Component, known: Component | None, own: Component |
 class Understood(NamedTuple):
     """A calendar object that was read."""
     text: str
-    booking: Booking
+    booking: CalendarBooking
     entries: list[Entry]
     zone: ZoneInfo       # of times that name none
 
     @property
     def here(self) -> tzinfo:
         """The zone by which its slots are named."""
-        return read_zone(self.booking.stretches[0].zone) if self.booking.stretches else self.zone
+        return read_zone(self.booking.segments[0].zone) if self.booking.segments else self.zone
 
     def keys(self) -> dict[str, str]:
         """The slots of its exceptions, by what they are written as."""
@@ -22571,21 +22595,21 @@ class Understood(NamedTuple):
         for each in filter(operator.attrgetter('exception'), self.entries):
             slot = clock.slot(each.moment('RECURRENCE-ID'))
             if getattr(clock.here, 'key', 'UTC') != self.here.key:
-                slot = to_wall(from_wall(slot, clock.here), self.here)
+                slot = to_local(from_local(slot, clock.here), self.here)
             found[each.one('RECURRENCE-ID')[1].strip()] = slot.isoformat()
         return found
 
     def slots(self, begin: float, until: float) -> list[Slot]:
         """What it wants of a window; what takes long to follow is left out."""
         with suppress(Error, ValueError, OverflowError), Budget().event(True):
-            return all_slots(self.booking.stretches, begin, until)
+            return all_slots(self.booking.segments, begin, until)
         return []
 
     def span(self, until: float) -> tuple[int, int]:
         """When its first occurrence starts and its last one ends, as far as that can be told."""
         found, last = self.slots(0, until), int(LAST.timestamp())
         with suppress(Error, ValueError, OverflowError), Budget().event(True):
-            if found and not goes_on(self.booking.stretches, until):
+            if found and not goes_on(self.booking.segments, until):
                 last = found[-1].end
         return found[0].start if found else 0, last
 
@@ -22615,7 +22639,7 @@ class Folder:
         self.id, self.name = (place.id, place.name) if place else (0, 'all')
         self.whose = (*acting.actor[:2], self.id)
         self.named = dict(zip(('user', 'project', 'calendar'), self.whose))
-        self.usual = None if not place else Want(  # what an event gets that says nothing
+        self.usual = None if not place else CalendarSpec(  # what an event gets that says nothing
             place.default_vms, place.default_flavor, place.default_image, place.name)
 
     def objects(self, condition: str, *values) -> list:
@@ -22688,7 +22712,7 @@ class Folder:
         if len(groups) > 1 or METHOD_LINE.search(text):
             raise Refused('C:valid-calendar-object-resource',
                           'one event is needed with the exceptions of it, and no METHOD')
-        now, usual = self.acting.here.now, self.usual or Want()
+        now, usual = self.acting.here.now, self.usual or CalendarSpec()
         until = now + timedelta(days=self.acting.config.horizon)
         wanted = bookings(groups, self.zone, now, until, usual, usual)
         if not wanted:
@@ -22785,7 +22809,7 @@ class Teller:
         return Remark(after=f"Moved: {said or 'in cmres'}", window=window)
 
     def clock(self, at: int) -> str:
-        return f'{to_wall(instant(at), self.event.here):%a %H:%M}'
+        return f'{to_local(instant(at), self.event.here):%a %H:%M}'
 
 
 def state_of(acting: Reservations, current, zone: ZoneInfo) -> str:
@@ -22855,9 +22879,9 @@ def elsewhere(acting: Reservations, places: str, since: int) -> list:
                 *acting.actor[:2], places, *([since] if since else []))
 
 
-def series_of(acting: Reservations, id: int) -> list[Stretch]:
-    """The stretches of a series; none of what is once: of an event that is, one stands there."""
-    found = acting.look.stretches(id)
+def series_of(acting: Reservations, id: int) -> list[Segment]:
+    """The segments of a series; none of what is once: of an event that is, one stands there."""
+    found = acting.look.segments(id)
     return [] if all(each.single for each in found) else found
 
 
@@ -22886,16 +22910,16 @@ def reservation_text(folder: Folder, id: int) -> str:
     live = [each for each in there if each.cancelled is None and each.resource == folder.id]
     if not live:
         return ''
-    found, stretches = look.next_of(id), series_of(folder.acting, id)
-    zone = read_zone(stretches[0].zone) if stretches else UTC
-    times = series_lines(stretches, there, zone) if stretches else [
+    found, segments = look.next_of(id), series_of(folder.acting, id)
+    zone = read_zone(segments[0].zone) if segments else UTC
+    times = series_lines(segments, there, zone) if segments else [
         f'DTSTART:{stamp_of(live[0].start)}', f'DTEND:{stamp_of(live[0].end)}']
     said = {'UID': row('SELECT uid FROM reservation WHERE id = ?', id).uid,
             'DTSTAMP': stamp_of(found.revised), 'SUMMARY': escaped(found.label)}
     lines = ['BEGIN:VEVENT', *(f'{name}:{value}' for name, value in said.items()), *times,
              *want_lines(folder, found, found.vms), 'END:VEVENT']
     form = Form(Component([folded(each) for each in lines]), zone)
-    others = differing(folder, found, form, live, plan_of(stretches, there)) if stretches else ()
+    others = differing(folder, found, form, live, plan_of(segments, there)) if segments else ()
     events = [form.head, *others]
     Remark(after=state_of(folder.acting, found, zone)).write(form.head, form)
     return whole_calendar(joined(events))
@@ -22925,42 +22949,42 @@ def want_lines(folder: Folder, found, vms: int) -> list[str]:
             f'DESCRIPTION:{escaped(text)}']
 
 
-def is_ruled_alone(stretches: list[Stretch]) -> bool:
+def is_ruled_alone(segments: list[Segment]) -> bool:
     """Whether a rule says all of a series but for single occurrences."""
-    first = stretches[0]
-    return bool(len(stretches) == 1 and first.rule and not first.shift
+    first = segments[0]
+    return bool(len(segments) == 1 and first.rule and not first.shift
                 and {*first.dates} <= {first.start})
 
 
-def plan_of(stretches: list[Stretch], there: list) -> dict[str, Slot]:
+def plan_of(segments: list[Segment], there: list) -> dict[str, Slot]:
     """What a series says without exceptions; without one rule, by the slots that there are."""
-    plan = stretches[0]._replace(skips=(), moved={})
-    if not is_ruled_alone(stretches):
+    plan = segments[0]._replace(skips=(), moved={})
+    if not is_ruled_alone(segments):
         keys = tuple(each.slot for each in there)
-        plan = Stretch(keys[0], plan.length, plan.zone, plan.vms, plan.resource, dates=keys,
+        plan = Segment(keys[0], plan.length, plan.zone, plan.vms, plan.resource, dates=keys,
                        exact=plan.exact)
     found = all_slots([plan], there[0].start - MONTH, there[-1].end + MONTH)
     return {each.key: each for each in found}
 
 
-def series_lines(stretches: list[Stretch], there: list, zone: ZoneInfo) -> list[str]:
+def series_lines(segments: list[Segment], there: list, zone: ZoneInfo) -> list[str]:
     """When a series is, as lines of an event."""
     head, tail = ('', 'Z') if zone.key == 'UTC' else (f';TZID={zone.key}', '')
 
     def local(name: str, *keys: str) -> str:
-        walls = (f'{datetime.fromisoformat(each):%Y%m%dT%H%M%S}{tail}' for each in keys)
-        return f"{name}{head}:{','.join(walls)}"
-    first, keys = stretches[0], [each.slot for each in there]
+        local_starts = (f'{datetime.fromisoformat(each):%Y%m%dT%H%M%S}{tail}' for each in keys)
+        return f"{name}{head}:{','.join(local_starts)}"
+    first, keys = segments[0], [each.slot for each in there]
     live = {each.slot for each in there if each.cancelled is None}
-    gone = {each for each in plan_of(stretches, there) if each <= max(keys)} - live
-    ruled = is_ruled_alone(stretches)
+    gone = {each for each in plan_of(segments, there) if each <= max(keys)} - live
+    ruled = is_ruled_alone(segments)
     begin = first.start if ruled else keys[0]
     until = datetime.fromisoformat(begin) + timedelta(seconds=first.length + first.exact)
     lines = [local('DTSTART', begin), local('DTEND', until.isoformat())]
     if ruled:
         gone |= {each if 'T' in each else each + first.start[10:] for each in first.skips}
         lines.append('RRULE:' + re.sub('(?<=UNTIL=)[^;]*', lambda last: stamp_of(int(
-            from_wall(read_until(last[0]), zone).timestamp())), first.rule))
+            from_local(read_until(last[0]), zone).timestamp())), first.rule))
     elif keys[1:]:
         lines.append(local('RDATE', *keys[1:]))
     return lines + [local('EXDATE', *sorted(gone))] if gone else lines
@@ -23018,12 +23042,12 @@ class Draft:
         also = self.had and self.had.reservation_id
         return self.acting.booked_as(self.booking.uid, self.acting.actor[:2], None, also)
 
-    def wish(self) -> Wish | None:
+    def spec(self) -> Spec | None:
         """What the event asks for; what it doesn't say stays as it was reserved."""
         acting, booking, known = self.acting, self.booking, self.known
         old = known and known.over > acting.clock() and acting.look.next_of(known.id)
         said = {name: usual for name, (_, usual) in EVENT_DEFAULTS.items()}
-        said |= acting.wishes.unaltered(old) if old else {}
+        said |= acting.specs.original_arguments(old) if old else {}
         said |= {'on_conflict': 'skip' if repeats(booking) else 'refuse'}
         before = self.had.text if self.had else ''
         guests, invited = guests_in(self.event.text), guests_in(before)
@@ -23039,21 +23063,21 @@ class Draft:
 
     def reserve(self) -> str:
         """Books what an event asks for, and keeps its text; what is shown of it then."""
-        wish = self.wish()
+        spec = self.spec()
         with self.acting.writing() as now:
             self.had = had = self.as_it_is()
-            self.refuse_past(wish, now)
-            done = self.acting.taken(self.booking, wish, self.known, None, now,
+            self.refuse_past(spec, now)
+            done = self.acting.taken(self.booking, spec, self.known, None, now,
                                      again=not had or had.reservation_id is None)
             booked = done['outcome'] not in ('past', 'cancelled')
             return self.keep(self.whys(done), booked)
 
-    def refuse_past(self, wish: Wish | None, now: float) -> None:
+    def refuse_past(self, spec: Spec | None, now: float) -> None:
         """Refuses to move what is reserved to where it can't be, and what has begun to later."""
         known = self.had and self.known
         if not known or known.over <= now or self.booking.cancelled:
             return
-        if not wish and not repeats(self.booking):
+        if not spec and not repeats(self.booking):
             raise Invalid('its time is past. Move it to a time to come, or delete it')
         current = self.acting.look.next_of(known.id)
         if current.start <= now < current.held_until and current.cancelled is None:
@@ -23103,8 +23127,8 @@ class Draft:
                 self.had = self.had._replace(reservation_id=None)
             if full or 'limit' in refusal.details:
                 user, project = acting.actor[:2]  # the operator is told, as of other requests
-                journal(acting.config, now, user, 'refused', f'an event of {user}: {why}',
-                        project=project, resource=self.folder.id or None)
+                log_event(acting.config, now, user, 'refused', f'an event of {user}: {why}',
+                          project=project, resource=self.folder.id or None)
             return self.keep({'': why}, False)
 
     def explained(self, refusal: Error) -> Error:
@@ -23112,16 +23136,16 @@ class Draft:
         acting, known = self.acting, self.known
         if not isinstance(refusal, NoCapacity) or repeats(self.booking):
             return refusal
-        wish = self.wish()._replace(stretches=[], repeat='')
+        spec = self.spec()._replace(segments=[], repeat='')
         try:
             if known and known.over > acting.clock():
-                asked = {'start': instant(wish.start), 'end': instant(wish.end)}
-                asked |= {name: getattr(wish, name) for name in ('vms', 'flavor', 'image')}
+                asked = {'start': instant(spec.start), 'end': instant(spec.end)}
+                asked |= {name: getattr(spec, name) for name in ('vms', 'flavor', 'image')}
                 acting.alter(known.label, known.project, asked, True)
             else:
-                wish = wish._replace(label=acting.free_label(wish.label, wish.project,
+                spec = spec._replace(label=acting.free_label(spec.label, spec.project,
                                                            acting.clock()))
-                acting.reserve([Request(wish.label, [[wish]], False, 0, 0)], True)
+                acting.reserve([Request(spec.label, [[spec]], False, 0, 0)], True)
         except NoCapacity as more:
             return NoCapacity(in_other_words(more, self.event.here), **more.details)
         except Error:
@@ -23531,7 +23555,7 @@ class Dav:
         asked = dict.fromkeys(('user', 'project'), '') | {'places': [self.folder.id]}
         found = acting.look.page(acting.look.ways(asked, (), since), where, (),
                                  limit=MOST_SHOWN_BY_FEED, fields=FOR_FEEDS)
-        return [self.busy_item(each) for each in found if each.state not in OVER[1:]]
+        return [self.busy_item(each) for each in found if each.state not in FINISHED[1:]]
 
     def busy_named(self, name: str) -> Item | None:
         """What others have reserved there, by the name under which it is shown."""
@@ -23545,7 +23569,7 @@ class Dav:
         """A reservation of others: only how much there is."""
         # As at no instant, so that it is another one only when something has changed.
         shown = self.acting.feed_event(found._replace(now=0), Actor('', '', READER), [])
-        text = whole_calendar(event_text(shown))
+        text = whole_calendar(vevent_text(shown))
         return Item(f'busy-{found.id}.ics', etag_of(text), text, writable=False)
 
     def busy_since(self, event: int) -> list[Item]:
@@ -23884,7 +23908,7 @@ REPEAT_WORDS = {'every', 'each', 'daily', 'weekly', 'biweekly', 'monthly', 'year
 class QuickLine:
     """One line of what somebody wants, read into the fields of the form."""
 
-    def __init__(self, text: str, here: Here, offered: dict[str, list[str]]):
+    def __init__(self, text: str, here: TimeContext, offered: dict[str, list[str]]):
         self.here, self.offered = here, offered
         self.left = ' '.join(text.lower().replace(',', ' , ').split())[:400]
         self.today = here.now.astimezone(here.zone).date()
@@ -24758,7 +24782,7 @@ TEMPLATES = {'layout': '''<!doctype html>
 {{!sign(name.lower())}}{{name}}</a>
 % end
 </nav>
-<div class="me"><a class="bell" href="/notices" aria-label="Notices, {{unread}} unread">
+<div class="me"><a class="bell" href="/notices" aria-label="Notifications, {{unread}} unread">
 {{!sign('bell')}}{{!when('<b aria-hidden="true">{}</b>', unread)}}</a>
 <details><summary><span class="face" aria-hidden="true">{{user[:1].upper()}}</span><span
 class="soft small wide"><bdi>{{user}}</bdi> · <bdi>{{project}}</bdi></span><span
@@ -25270,7 +25294,7 @@ class="heat"><thead><tr><th scope="col">Resource</th>
 <a href="{{visit.href(each['label'], each['project'])}}"><bdi>{{each['label']}}</bdi></a>
 <bdi>{{each['sentence'] or each['code']}}</bdi></span></li>
 % end
-{{!'' if events else '<li>There are no notices yet.</li>'}}</ul>
+{{!'' if events else '<li>There are no notifications yet.</li>'}}</ul>
 ''', 'programs': '''
 <section class="card pad stack gap"><h2>Calendar programs</h2>
 <p>Draw an event in your calendar program, and cmres reserves it: its VMs start and end with it.
@@ -25373,7 +25397,7 @@ HEADS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'RAM (MiB)', 'start': 'From', 'e
          'affected': 'Affected reservations', 'min_free_time': 'Free for at least',
          'rename': 'Name', 'repeat': 'Repeats',
          'count': 'Or so many times', 'skip_dates': 'Not on', 'lead': 'Start VMs early by',
-         'notify': 'Send notices to', 'personal': 'Who can start VMs in it',
+         'notify': 'Send notifications to', 'personal': 'Who can start VMs in it',
          'host': 'Whole host', 'affinity': 'Hosts of its VMs', 'where': 'Hosts that are',
          'holidays': 'Leave out the days of a calendar',
          'on_conflict': 'If a date does not fit', 'invite': 'Invite by mail',
@@ -25417,7 +25441,7 @@ UNITS = {'vms': 'VMs', 'vcpus': 'vCPUs', 'ram': 'MiB RAM'}
 def with_units(most: Amount) -> list[tuple[int, str]]:
     """What of a capacity is limited, each with its unit."""
     return [(n, UNITS.get(name, name.removeprefix('CUSTOM_')))
-            for name, n in in_figures(most).items() if n is not None]
+            for name, n in by_class(most).items() if n is not None]
 
 
 TO_ALERT = 'tabindex="-1" autofocus role="alert"'
@@ -25427,13 +25451,13 @@ MADE_MORE = [name for name in MADE_OF if name not in ('flavor', 'image')]
 FACTS = {'resource': 'Resource', 'host': 'Host',
          **{name: MADE_OF[name].head or name.replace('_', ' ').capitalize() for name in MADE_MORE
             if name in MADE_OTHERWISE and name in CLOUDY},
-         'at_end': 'At the end', 'notify': 'Notices go to', 'invite': 'Invited',
+         'at_end': 'At the end', 'notify': 'Notifications go to', 'invite': 'Invited',
          'request': 'Part of', 'description': 'Description'}
 MOST_PEOPLE = 500   # tokens that are made at once
-MOST_LATELY = 300   # events of a project that are looked through for notices
+MOST_LATELY = 300   # events of a project that are looked through for notifications
 FIELDSETS = {'What': 'label rename resource vms', 'When': 'start end following',
              'Repeats': 'repeat until count skip_dates', 'What starts': 'image flavor at_end lead',
-             'Notices': 'notify invite description'}
+             'Notifications': 'notify invite description'}
 BOOK_MORE = (f"on_conflict accept_within {' '.join(MADE_MORE)} "
              'personal host affinity where holidays classes part')
 FOR_OTHERS = ' user project priority'  # what admins alone can say of a new one
@@ -25581,7 +25605,7 @@ WIDE_LETTERS, THIN_LETTERS = set('mwMW%@'), set("iljtfrI.,:;'|!()[]- 1")
 
 
 class TimeLine:
-    """A stretch of time as the clocks of a zone show it, in minutes from its first on.
+    """A segment of time as the clocks of a zone show it, in minutes from its first on.
 
     Clocks that are changed move nothing in it: an hour that comes twice is one.
     """
@@ -25589,7 +25613,7 @@ class TimeLine:
     def __init__(self, view: str, at: datetime, zone: ZoneInfo):
         self.view, self.zone = view, zone
         self.first, self.after = span_of_view(view, at)
-        self.begin, self.end = (int(from_wall(each, zone).timestamp())
+        self.begin, self.end = (int(from_local(each, zone).timestamp())
                                 for each in (self.first, self.after))
         self.window = instant(self.begin), instant(self.end)
         self.length = int((self.after - self.first).total_seconds() // 60)
@@ -25614,29 +25638,29 @@ class TimeLine:
 
     def minute(self, seconds: float) -> float:
         """The minute of an instant."""
-        return (to_wall(instant(seconds), self.zone) - self.first).total_seconds() / 60
+        return (to_local(instant(seconds), self.zone) - self.first).total_seconds() / 60
 
     def extent(self, begin: float, until: float) -> tuple[float, float]:
         """Where some minutes are and how wide, in percent."""
         left = self.x(begin)
         return left, round(self.x(until) - left, 2)
 
-    def at(self, wall: datetime) -> str:
+    def at(self, local: datetime) -> str:
         """A time as an address of the plan has it."""
-        return f'{wall:%Y-%m-%dT%H}' if self.view == 'hours' else f'{wall:%Y-%m-%d}'
+        return f'{local:%Y-%m-%dT%H}' if self.view == 'hours' else f'{local:%Y-%m-%d}'
 
     def days(self, today: date) -> list[SimpleNamespace]:
         """The parts of its head, days or hours of one, and what each leads to."""
         width = {'day': 120, 'hours': 60}.get(self.view, 1440)
         parts = []
         for minute in range(0, self.length, width):
-            wall = self.first + timedelta(minutes=minute)
-            number, view, at = ((f'{wall.day}', 'day', f'{wall:%Y-%m-%d}') if width == 1440 else
-                                (f'{wall:%H:%M}', 'hours', f'{wall:%Y-%m-%dT%H}'))
-            is_today = wall.date() == today and width == 1440
+            local = self.first + timedelta(minutes=minute)
+            number, view, at = ((f'{local.day}', 'day', f'{local:%Y-%m-%d}') if width == 1440 else
+                                (f'{local:%H:%M}', 'hours', f'{local:%Y-%m-%dT%H}'))
+            is_today = local.date() == today and width == 1440
             x, space = self.extent(minute, minute + width)
             parts.append(SimpleNamespace(
-                x=x, width=space, begin=minute, name=f'{wall:%a}', number=number, view=view, at=at,
+                x=x, width=space, begin=minute, name=f'{local:%a}', number=number, view=view, at=at,
                 today='today' if is_today else '', share=0))
         return parts
 
@@ -25678,8 +25702,8 @@ def span_of_view(view: str, at: datetime) -> tuple[datetime, datetime]:
 def read_at(text: str | None) -> datetime | None:
     """A day, or an hour of one, that is in an address; None if it is none."""
     try:
-        wall = datetime.fromisoformat((text or '')[:13])
-        return wall if 1971 <= wall.year < 2199 and not wall.tzinfo else None
+        local = datetime.fromisoformat((text or '')[:13])
+        return local if 1971 <= local.year < 2199 and not local.tzinfo else None
     except ValueError:
         return None
 
@@ -25697,7 +25721,7 @@ def levels_of(place, line: TimeLine, days: list) -> list[Level]:
     """How full a resource is on a time line: step by step, in a month the fullest of each day."""
     most = capacity(place)
     if line.view == 'month':
-        edges = [int(from_wall(line.first + timedelta(minutes=each.begin), line.zone).timestamp())
+        edges = [int(from_local(line.first + timedelta(minutes=each.begin), line.zone).timestamp())
                  for each in days] + [line.end]
         width = math.gcd(*(after - at for at, after in itertools.pairwise(edges)))
         spans = spans_of(place, line, width)
@@ -25708,7 +25732,7 @@ def levels_of(place, line: TimeLine, days: list) -> list[Level]:
         steps(place.id, line.begin, line.end, most.names), MOST_STEPS_DRAWN + 1)]
     if len(found) > MOST_STEPS_DRAWN:
         return spans_of(place, line, (line.end - line.begin) // 168)
-    return levelled(found, in_figures(most))
+    return levelled(found, by_class(most))
 
 
 def spans_of(place, line: TimeLine, width: int) -> list[Level]:
@@ -25717,7 +25741,7 @@ def spans_of(place, line: TimeLine, width: int) -> list[Level]:
     found = peaks(place.id, line.begin, width, (line.end - line.begin) // width,
                   (CLOSED, *most.names))
     return levelled([(line.minute(line.begin + n * width), held)
-                     for n, held in enumerate(found)], in_figures(most))
+                     for n, held in enumerate(found)], by_class(most))
 
 
 def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
@@ -25731,7 +25755,7 @@ def levelled(found: list[tuple[float, Amount]], most: dict) -> list[Level]:
         if not limits:
             levels.append(Level(last, held.vms / (1.6 * highest or 1), held.vms, 0, closed))
             continue
-        used = in_figures(held)
+        used = by_class(held)
         shares = [used.get(name, 0) / limit if limit else 1 for name, limit in limits.items()]
         share = max(shares)
         unit = shares.index(share)
@@ -25891,7 +25915,7 @@ class Drawing:
     def free_now(self, place, most: Amount, caps: list, levels: list) -> dict:
         """How much of a resource is free now, and at least at any time."""
         there = level(place.id, self.instant, (CLOSED, *most.names))
-        now, = levelled([(0, there)], in_figures(most))
+        now, = levelled([(0, there)], by_class(most))
         if not caps:
             return {'share': now.share, 'now': now.free, 'unit': 'used',
                     'summary': 'nothing limits it'}
@@ -26076,14 +26100,14 @@ class Visit:
                 *([('/admin', 'Admin')] if self.actor.role == ADMIN else [])]
 
     @property
-    def here(self) -> Here:
+    def here(self) -> TimeContext:
         """Where and when what they type is read."""
         return self.service.here
 
     @property
     def today(self) -> datetime:
         """What clocks show now."""
-        return to_wall(self.here.now, self.zone)
+        return to_local(self.here.now, self.zone)
 
     def named(self, id: str) -> str:
         """What people call whom OpenStack knows under an id."""
@@ -26199,11 +26223,11 @@ class Visit:
         same = tag == header(bottle.request, 'If-None-Match')
         return answered('' if same else text, 304 if same else 200, {'ETag': tag})
 
-    # Notices
+    # Notifications
 
     @property
     def seen(self) -> int:
-        """The last notice that this person has marked as read."""
+        """The last notification that this person has marked as read."""
         return int(fact(f'seen-{self.actor.project}/{self.actor.user}') or 0)
 
     def told_of(self, after: int) -> list:
@@ -26359,8 +26383,7 @@ class Visit:
 
     @functools.cached_property
     def leaving(self) -> list[tuple]:
-        """What will be cancelled soon: label, project, occurrence or 0; its fact if it is one's own.
-        """
+        """What is cancelled soon: label, project, occurrence or 0; its fact if it is one's own."""
         me = [self.actor.user, self.actor.project]
         later = [(each.name, json.loads(each.value.partition(' ')[2]))
                  for each in rows(f'SELECT name, value FROM fact WHERE {LATER}')]
@@ -26733,8 +26756,8 @@ class SignIn(Visit):
             run('INSERT INTO session (hash, token_id, until) '
                 'SELECT ?, id, ? FROM token WHERE hash = ?',
                 hashed(session), int(now + lasts), token)
-            journal(self.config, now, actor.user, 'signed_in', f'{actor.user} in {actor.project} '
-                    f"signed in from {where or 'an unknown address'}")
+            log_event(self.config, now, actor.user, 'signed_in', f'{actor.user} in {actor.project} '
+                      f"signed in from {where or 'an unknown address'}")
         METRICS.count('sign_ins_total')
         self.set_cookie(made, 'cmres', self.pages.signed('session', session), int(lasts))
         return made
@@ -26814,7 +26837,7 @@ class PlanPage(Visit):
 
     def on_plan(self, places: list, line: TimeLine, mine: str) -> list:
         """The reservations that are drawn, one more than there may be if there are more."""
-        asked = dict.fromkeys(('user', 'project', 'resource', *PLACE), '')
+        asked = dict.fromkeys(('user', 'project', 'resource', *LOCATION), '')
         if mine:
             asked |= {'user': self.actor.user, 'project': self.actor.project}
         look = self.service.look
@@ -26828,7 +26851,7 @@ class PlanPage(Visit):
     def coming(self) -> list:
         """The next of one's own reservations."""
         mine = {'user': self.actor.user, 'project': self.actor.project}
-        asked = dict.fromkeys(('resource', *PLACE), '') | mine
+        asked = dict.fromkeys(('resource', *LOCATION), '') | mine
         return self.not_leaving(self.service.matching('', asked, (), None, None, 30, ''))
 
     def not_leaving(self, found: list) -> list:
@@ -26868,7 +26891,7 @@ class PlanPage(Visit):
 
 
 class Lists(Visit):
-    """Reservations in a list, one by one, as others see them; notices, and the REST interface."""
+    """Reservations in a list, one by one, as others see them; notifications, and REST."""
 
     def list(self, given: dict):
         """One's own reservations, an admin's all, with what can be done to them."""
@@ -26918,7 +26941,7 @@ class Lists(Visit):
             return self.page(label, self.listed(found['parts'], given) + ''.join(whole))
         which = which_of(given | {'project': found['project']})
         href, query = f'/r/{quote(label)}', f'?{urlencode(which)}'
-        changes = found['state'] not in (*OVER, 'ending') and self.writes
+        changes = found['state'] not in (*FINISHED, 'ending') and self.writes
         return self.page(label, self.render(
             'reservation', label=label, live=live, href=f'{href}/live{query}',
             share=self.share_form(found), tag=hashed(live)[:20],
@@ -26978,7 +27001,7 @@ class Lists(Visit):
         """What stands on a reservation's page of the page that is shared."""
         shared = row('SELECT h.* FROM share h JOIN occurrence o '
                      'ON o.reservation_id = h.reservation_id WHERE o.id = ?', found['id'])
-        if not self.writes or found['state'] in OVER and not shared:
+        if not self.writes or found['state'] in FINISHED and not shared:
             return ''
         return self.render('share', found=found, link=self.share_link(shared) if shared else '',
                            seats='\n'.join(json.loads(shared.seats)) if shared else '')
@@ -27042,9 +27065,9 @@ class Lists(Visit):
     # Oneself
 
     def notices(self, given: dict):
-        """The notices, those that are new marked."""
+        """The notifications, those that are new marked."""
         found, seen = self.told_of(0)[:60], self.seen
-        return self.page('Notices', self.render(
+        return self.page('Notifications', self.render(
             'notices', events=found, seen=seen, newest=found[0]['id'] if found else 0,
             unread=sum(each['id'] > seen for each in found)))
 
@@ -27283,12 +27306,12 @@ class BookForm(Visit):
         places = [each for each in self.places() if (not fixed or each.name == fixed)
                   and (not gpu or 'gpu' in f'{each.name}{each.classes}'.lower())]
         for place in places[:MOST_PLACES]:
-            wish = {name: value for name, value in said.items() if value}
-            wish |= {'resource': place.name}
-            for slot in self.slots(wish, here.now, here.now + line.length, line.before):
+            spec = {name: value for name, value in said.items() if value}
+            spec |= {'resource': place.name}
+            for slot in self.slots(spec, here.now, here.now + line.length, line.before):
                 end = slot['start'] + line.length
-                wish |= {'start': to_plain(slot['start']), 'end': to_plain(end)}
-                found.append((slot['start'], f'/book?{urlencode(wish)}',
+                spec |= {'start': to_plain(slot['start']), 'end': to_plain(end)}
+                found.append((slot['start'], f'/book?{urlencode(spec)}',
                               self.span(slot['start'], end),
                               f"{place.name}, {place.cloud or 'no cloud'}"))
         return [each[1:] for each in sorted(found)[:6]]
@@ -27412,7 +27435,7 @@ class BookForm(Visit):
         ends = [(name, self.span(each['start'], each['end']))
                 for name, each in zip(('First', 'Last'), fitting[:1] + fitting[-1:])]
         skips = read_argument('skip_dates', said.get('skip_dates', ''), Names, self.here)
-        out = [date.fromisoformat(each[:10]) for each in self.service.wishes.read_skips(
+        out = [date.fromisoformat(each[:10]) for each in self.service.specs.read_skips(
             {'skip_dates': skips}, self.zone, answer['occurrences'][0]['start'].timestamp())]
         return Verdict('ok' if number == whole else 'some', head, words + whys[:5], ends,
                        months_of(dict.fromkeys(out, 'out') | outcomes), go=go)
@@ -27420,13 +27443,13 @@ class BookForm(Visit):
     def offers(self, said: dict, error: Error) -> Iterator[tuple[str, str]]:
         """Links to the same form with what would fit; each was tried."""
         for words, other in self.instead(said, error):
-            wish = {name: to_plain(each) for name, each in (said | other).items() if each}
+            spec = {name: to_plain(each) for name, each in (said | other).items() if each}
             with suppress(Error):
-                self.rehearsed(wish)
-                yield f'/book?{urlencode(wish)}', words
+                self.rehearsed(spec)
+                yield f'/book?{urlencode(spec)}', words
 
     def instead(self, said: dict, error: Error) -> Iterator[tuple[str, dict]]:
-        """What might fit instead of a wish, in words and as other fields of the form."""
+        """What might fit instead of a spec, in words and as other fields of the form."""
         try:
             asked = self.asked(said | {'label': said.get('label') or 'new'})
             start, end = map(instant, self.service.resolve(asked['start'], asked['end']))
@@ -27447,7 +27470,7 @@ class BookForm(Visit):
 
     def slots(self, said: dict, start: datetime, end: datetime,
               before: datetime | None = None) -> list[dict]:
-        """The next free slots for a wish; none where that can't be told."""
+        """The next free slots for a spec; none where that can't be told."""
         try:
             return self.service.find(said['resource'], end - start, int(said['vms']),
                                      said.get('flavor', ''), after=start, before=before, limit=3)
@@ -27625,7 +27648,7 @@ class Admin(Visit):
         shares, most = [0.0] * (line.length // 1440), capacity(place)
         found = [(line.minute(at), held)
                  for at, held in steps(place.id, line.begin, line.end, most.names)]
-        for day, level, part in day_parts(levelled(found, in_figures(most)), line):
+        for day, level, part in day_parts(levelled(found, by_class(most)), line):
             shares[day] += level.share * (not level.closed) * part
         return shares
 
@@ -27775,7 +27798,7 @@ class Admin(Visit):
                                              secret=answer[secret.pop()]))
 
     def later(self, calls: list[tuple[str, dict]], about: list[tuple]) -> tuple[str, float]:
-        """Lets the life cycle do something soon: what takes it back, and for how many seconds."""
+        """Lets the scheduler do something soon: what takes it back, and for how many seconds."""
         me = self.actor
         with self.service.writing() as now:
             due = now + self.config.undo_time
@@ -27784,8 +27807,8 @@ class Admin(Visit):
                 found = self.service.look.mine(label, project, live=False)
                 until = f'{instant(int(due)).astimezone(self.zone):%H:%M:%S}'
                 what = ', '.join(sorted({ACTS[each].words.lower() for each, _ in calls}))
-                self.service.journal(now, 'updated', f'{me.user}: {what}. Undo is possible until '
-                                     f'{until}', found.reservation)
+                self.service.log_event(now, 'updated', f'{me.user}: {what}. Undo is possible until '
+                                       f'{until}', found.reservation)
         return name, self.config.undo_time
 
     def undo(self, given: dict):
@@ -27797,7 +27820,7 @@ class Admin(Visit):
         return self.onward(local(given.get('next')), f'{about} stays as it was')
 
     def call_off(self, act: str) -> list[str]:
-        """Lets the life cycle not do what it was to do; the labels of what that was about."""
+        """Lets the scheduler not do what it was to do; the labels of what that was about."""
         with self.service.writing() as now:
             found = row(f'SELECT name, value FROM fact WHERE {LATER} AND name = ? '
                         f'AND {FROM_WHEN} > ?', act, now)
@@ -27807,8 +27830,8 @@ class Admin(Visit):
             run('DELETE FROM fact WHERE name = ?', act)
             for label, project, _ in said['about']:
                 reservation = self.service.look.mine(label, project, live=False).reservation
-                self.service.journal(now, 'updated', f'{self.actor.user} has undone that',
-                                     reservation)
+                self.service.log_event(now, 'updated', f'{self.actor.user} has undone that',
+                                       reservation)
         return [label for label, *_ in said['about']]
 
     def running(self, said: dict) -> str:
@@ -27903,7 +27926,7 @@ def track_of(visit: Visit, found: dict) -> tuple | None:
     """How far a reservation is: in words, in percent, and texts with where each stands."""
     start, end, now = found['start'], found['end'], visit.here.now
     begin = start - timedelta(seconds=found['lead'] or 0)
-    if found['state'] in OVER or now >= end:
+    if found['state'] in FINISHED or now >= end:
         return None
     done = max(0, min(1, (now - begin) / (end - begin)))
     seconds = int(((end if now >= begin else begin) - now).total_seconds())
@@ -27932,7 +27955,7 @@ def usual_of(place, given: dict) -> dict:
     return {'image': place.default_image, 'flavor': flavor} | vms
 
 
-def parse_end(text: str, start: datetime, here: Here) -> datetime:
+def parse_end(text: str, start: datetime, here: TimeContext) -> datetime:
     """The end that somebody typed for what starts at an instant."""
     end = read_argument('end', text, When, here._replace(after=start))
     return start + end if isinstance(end, timedelta) else end
@@ -28361,7 +28384,7 @@ def watchdog_pause() -> float:
 class Housekeeper(threading.Thread):
     """Does now and then what no request waits for; what goes wrong is tried again the next time."""
 
-    def __init__(self, service: Reservations, cycle: LifeCycle | None = None,
+    def __init__(self, service: Reservations, cycle: Scheduler | None = None,
                  front: Front | None = None):
         super().__init__(name='housekeeper', daemon=True)
         self.service, self.cycle, self.front = service, cycle, front
@@ -28425,8 +28448,8 @@ class Housekeeper(threading.Thread):
         more = len(wrong) - MOST_ADDRESSES
         others = f', and from {more} other addresses' if more > 0 else ''
         with transaction():
-            journal(self.service.config, self.service.clock(), 'cmres', 'wrong_token',
-                    f'{wrong.total()} wrong tokens: {worst}{others}')
+            log_event(self.service.config, self.service.clock(), 'cmres', 'wrong_token',
+                      f'{wrong.total()} wrong tokens: {worst}{others}')
 
     def settings(self) -> None:
         """Reads the settings again, and tells what has changed."""
@@ -28478,8 +28501,8 @@ def note_start(service: Reservations, what: str) -> None:
                      if name in config.sources)
     try:
         with transaction():
-            journal(config, service.clock(), 'cmres', 'settings',
-                    f"{what} {__version__} has started; settings: {said or 'none'}")
+            log_event(config, service.clock(), 'cmres', 'settings',
+                      f"{what} {__version__} has started; settings: {said or 'none'}")
     except (Unavailable, *STORE_ERRORS) as error:
         log.warning('the start was not written down: %s', trouble(error) or error)
 
@@ -28638,7 +28661,7 @@ for _operation in API.values():
 #
 # Runs inside nova-scheduler, which loads it from this file: `available_filters =
 # cmres.ReservationFilter`. It asks a cmres server once per request which marked resources the
-# server may boot on, and then decides for each host by the mark of its aggregates. Its settings
+# server may start on, and then decides for each host by the mark of its aggregates. Its settings
 # stand in nova.conf under [cmres].
 
 # Only nova-scheduler has this loaded already; nobody else must pay for it or even have it.
@@ -28669,7 +28692,7 @@ def said_in(thing, name: str):
 
 
 class ReservationFilter(_nova.BaseHostFilter if _nova else object):
-    """Lets a server boot on the hosts of a marked aggregate only if cmres says so; others are not
+    """Lets a server start on the hosts of a marked aggregate only if cmres says so; others are not
     concerned."""
 
     RUN_ON_REBUILD = False
@@ -28746,7 +28769,7 @@ class ReservationFilter(_nova.BaseHostFilter if _nova else object):
         return bool(said_in(spec, 'ignore_hosts') or where and said_in(where, 'cell'))
 
     def ask_all(self, resources: list[tuple], spec, *about) -> dict[tuple, bool | list]:
-        """Whether each resource may be booted on, or on which of its hosts."""
+        """Whether each resource may be started on, or on which of its hosts."""
         verdicts = {}
         for store in {each[0] for each in resources}:
             names = [name for owner, name in resources if owner == store]
@@ -28893,7 +28916,7 @@ def serve(config: Config, host: Name = '', port: int = None, noscheduler: bool =
     demo = demo or not (config.path or not is_missing(config.database)
                         or os.path.exists(key_file(config.database, config.key)))
     service = local_service(config, make=True)
-    cycle = LifeCycle(config, service.clouds)
+    cycle = Scheduler(config, service.clouds)
     acts = None if noscheduler else cycle
     service.wake, service.age = cycle.wake.set, acts and acts.age
     front = listening(Gate(web(service), service, acts), config)
@@ -28925,7 +28948,7 @@ def scheduler(config: Config, port: int = None) -> None:
     in_utc(config)
     told = prepared(config)
     service = local_service(config)
-    cycle, front = LifeCycle(config, service.clouds), None
+    cycle, front = Scheduler(config, service.clouds), None
     service.wake, service.age = cycle.wake.set, cycle.age
     if port is not None:
         config.take(port=port)
@@ -28944,7 +28967,7 @@ def tick(config: Config) -> None:
     for line in prepared(config):
         print(line, file=sys.stderr)
     service = local_service(config)
-    cycle = LifeCycle(config, service.clouds)
+    cycle = Scheduler(config, service.clouds)
     cycle.settle()
     cycle.finish()
 
@@ -29085,7 +29108,7 @@ EXPORTED = 1000  # events that are read at once
 def event_export(config: Config, since: When = None) -> None:
     """Prints the whole event log, one line of JSON for each event, the oldest first.
 
-    `events export` and `journal export` are the same.
+    `events export` and `event log export` are the same.
     """
     service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):
@@ -29105,18 +29128,18 @@ def store_orphans(config: Config, delete: bool = False, adopt: bool = False) -> 
         raise Invalid('Choose one: delete the VMs, or leave them to people.',
                       hint='--delete or --adopt')
     service = local_service(config)
-    found = all_orphans(LifeCycle(config, service.clouds))
+    found = all_orphans(Scheduler(config, service.clouds))
     if delete or adopt:
         with service.writing() as now:
             left = adopted() | ({each['id'] for each in found} if adopt else set())
             note_fact('adopted', json.dumps(sorted(left)))
             run("DELETE FROM fact WHERE name = 'restored'")
             then = 'left to people' if adopt else 'deleted'
-            service.journal(now, 'orphan', f'{len(found)} unknown VMs are {then}')
+            service.log_event(now, 'orphan', f'{len(found)} unknown VMs are {then}')
     return found
 
 
-def all_orphans(cycle: LifeCycle) -> list[dict]:
+def all_orphans(cycle: Scheduler) -> list[dict]:
     """The orphans on all clouds; CloudError if one does not answer."""
     found, left = [], adopted()
     for account in sorted(cycle.clouds.accounts()):
@@ -29136,11 +29159,12 @@ def prepared(config: Config) -> list[str]:
     return [f"Updated the database from version {done['before']} to {done['after']}.{copy}"]
 
 
-WORDS |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
-          'demo': 'create the resource demo and a token, if there are none',
-          'path': 'the name of the copy', 'target': 'a file that is not there, or postgresql://...',
-          'port': 'port to listen on; 0: any free port',
-          'noscheduler': 'do not run the scheduler in this process'}
+ARGUMENT_HELP |= {'adopt': 'leave them to people', 'delete': 'let the scheduler delete them',
+                  'demo': 'create the resource demo and a token, if there are none',
+                  'path': 'the name of the copy',
+                  'target': 'a file that is not there, or postgresql://...',
+                  'port': 'port to listen on; 0: any free port',
+                  'noscheduler': 'do not run the scheduler in this process'}
 
 
 def occurrences(config: Config, file: Ics, start: When = None, end: When = None,
@@ -29241,8 +29265,8 @@ def in_utc(config: Config) -> None:
 
 
 def run_until_stopped(service: Reservations, name: str, lines: list[str],
-                      cycle: LifeCycle | None, front: Front | None) -> None:
-    """Tells that a process has started, and runs a life cycle and the sockets of a server, as far
+                      cycle: Scheduler | None, front: Front | None) -> None:
+    """Tells that a process has started, and runs a scheduler and the sockets of a server, as far
     as it has them, until SIGTERM or Ctrl-C; all ends in good order."""
     print('\n'.join(lines), flush=True)  # who waits for the first line has the others then
     note_start(service, name)
@@ -29273,8 +29297,8 @@ def heed_signals(stop: threading.Event, keeper: Housekeeper, front: Front | None
     signal.signal(signal.SIGHUP, lambda *_: keeper.read_again())
 
 
-def keep_running(cycle: LifeCycle, stop: threading.Event, every: float = 5) -> None:
-    """Runs a life cycle in a thread until `stop` is set: anew if it dies; tells if it hangs."""
+def keep_running(cycle: Scheduler, stop: threading.Event, every: float = 5) -> None:
+    """Runs a scheduler in a thread until `stop` is set: anew if it dies; tells if it hangs."""
     thread, told = None, False
     while not stop.is_set():
         if not thread or not thread.is_alive():
@@ -29759,7 +29783,7 @@ def bound_call(call: Call, config: Config, options: dict) -> dict:
     if 'tz' in operation.parameters:
         zone = options.get('tz') or (config.timezone if operation.routes[0][0] == 'POST' else '')
         given.setdefault('tz', zone)
-    bound = bind(operation, given, Here(config.zone, instant(int(time.time()))))
+    bound = bind(operation, given, TimeContext(config.zone, instant(int(time.time()))))
     if config.url and 'limit' in operation.parameters:  # a page, as here
         bound.setdefault('limit', operation.parameters['limit'].default)
     return bound

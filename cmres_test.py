@@ -107,7 +107,7 @@ def at_length(number: int) -> int:
 
 
 import cmres
-from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, Here, Invalid,
+from cmres import (API, BASE, SETTINGS, Actor, Amount, Client, Config, Conflict, Error, Forbidden, TimeContext, Invalid,
                    NoCapacity, NotFound, Unauthorized, Unavailable, bind, load_config, read_repeat, read_zone)
 
 UTC = timezone.utc
@@ -176,7 +176,7 @@ for _operation in API.values():
 
 
 class World:
-    """A store, a simulated cloud, a service and a life cycle under one clock that tests set."""
+    """A store, a simulated cloud, a service and a scheduler under one clock that tests set."""
 
     def __init__(self, path, **settings):
         settings = {'mail_server': '127.0.0.1:9'} | cmres.with_new_names('setting', settings)
@@ -193,13 +193,13 @@ class World:
         self.now = now
         self.clouds = cmres.Clouds(self.config, clock=lambda: self.now)
         self.service = cmres.Reservations(self.config, self.clouds, Actor('root', 'default', 'admin'), lambda: self.now)
-        self.cycle = cmres.LifeCycle(self.config, self.clouds, lambda: self.now)
+        self.cycle = cmres.Scheduler(self.config, self.clouds, lambda: self.now)
 
     def as_user(self, user='eva', project='biology', role='user'):
         return self.service.acting(Actor(user, project, role))
 
     def at(self, hours_after_noon: float):
-        """Sets the clock, and lets the life cycle do what is due then."""
+        """Sets the clock, and lets the scheduler do what is due then."""
         self.now = NOON.timestamp() + 3600 * hours_after_noon
         self.cycle.settle()
 
@@ -752,7 +752,7 @@ def test_an_end_after_a_start_that_clocks_skip_is_as_much_later_as_was_typed(wor
     typed(world.service, 'add', label='lab', resource='demo', start=f'2027-03-28 {start}', end=end)
     found = world.service.show('lab')
     assert found['end'] - found['start'] == hours(1)
-    line = cmres.QuickLine('28 mar 2027 2:30-3:30', Here(PARIS, NOON), dict.fromkeys(('resource', 'flavor', 'image'), []))
+    line = cmres.QuickLine('28 mar 2027 2:30-3:30', TimeContext(PARIS, NOON), dict.fromkeys(('resource', 'flavor', 'image'), []))
     assert line.length == hours(1)
 
 
@@ -838,12 +838,12 @@ def test_more_that_people_say_is_read_or_refused(text, paris):
     ('tue 9:00', '2026-12-01T09:00'), ('9:00', '2026-12-01T09:00'), ('17:00', '2026-11-30T17:00'), ('2026-03-01', '2026-03-01T00:00'),
     ('last month', '2026-11-01T00:00'), ('yesterday', '2026-11-30T00:00'), ('2027-03-01', '2027-03-01T00:00')])
 def test_since_when_is_in_the_past(text, paris):
-    found = cmres.bind(API['events'], {'since': text}, cmres.Here(PARIS, NOON))['since']
+    found = cmres.bind(API['events'], {'since': text}, cmres.TimeContext(PARIS, NOON))['since']
     assert found == datetime.fromisoformat(paris).replace(tzinfo=PARIS)
 
 
 def test_last_month_is_a_report_from_its_first_day_to_the_first_of_this_one():
-    asked = cmres.bind(API['report'], {'until': '1 dec', 'since': '1 nov'}, cmres.Here(PARIS, NOON + hours(24)))
+    asked = cmres.bind(API['report'], {'until': '1 dec', 'since': '1 nov'}, cmres.TimeContext(PARIS, NOON + hours(24)))
     assert [f'{asked[name].astimezone(PARIS):%d.%m.%Y}' for name in ('since', 'until')] == ['01.11.2026', '01.12.2026']
 
 
@@ -861,7 +861,7 @@ def test_last_month_is_a_report_from_its_first_day_to_the_first_of_this_one():
     ('once', 'is not a valid repetition'), ('every tuesday until soon', 'has no last date that can be understood')])
 def test_more_ways_to_say_how_something_repeats(words, rule):
     def read():
-        return cmres.read_argument('repeat', words, cmres.Repeat, cmres.Here(PARIS, NOON))
+        return cmres.read_argument('repeat', words, cmres.Repeat, cmres.TimeContext(PARIS, NOON))
     if rule.startswith('FREQ'):
         assert read() == rule
     else:
@@ -1087,7 +1087,7 @@ def test_every_argument_of_every_operation_has_a_reader_and_a_meaning():
     for operation in API.values():
         for name, parameter in operation.parameters.items():
             assert parameter.annotation in cmres.READERS, (operation.name, name)
-            assert cmres.WORDS[name]
+            assert cmres.ARGUMENT_HELP[name]
 
 
 UNSEEN = {'\x9b': 'U+009B', '\x85': 'U+0085', '\x7f': 'U+007F', '\u202e': 'U+202E RIGHT-TO-LEFT OVERRIDE',
@@ -1132,7 +1132,7 @@ def test_nothing_is_renamed_to_what_looks_like_an_option(app):
 
 
 def test_a_dash_is_not_given_and_null_neither():
-    here = Here(UTC, NOON)
+    here = TimeContext(UTC, NOON)
     assert bind(API['list'], {'cell': '-', 'user': None, 'limit': 5}, here) == {'limit': 5}
 
 
@@ -2194,7 +2194,7 @@ def test_a_store_that_is_served_is_not_restored_over(serving, tmp_path):
 
 
 def restored_world(world, tmp_path):
-    """A world whose store was restored from a copy of noon, while the cloud goes on with what was booted since."""
+    """A world whose store was restored from a copy of noon, while the cloud goes on with what was started since."""
     book(world.service, 'lab', 0, 9, vms=2, flavor='m1.tiny', image='cirros')
     for n in (0, 0.01):
         world.at(n)
@@ -3784,7 +3784,7 @@ def test_a_store_is_copied_to_the_other_engine_and_back(server_run, server, tmp_
     service.delete('gone')
     service.limit_add(user='bob', most_vms=3)
     feeds = [service.calendar_feed()['feed'], service.calendar_feed(resource='demo')['feed']]
-    cmres.LifeCycle(service.config, service.clouds).settle()
+    cmres.Scheduler(service.config, service.clouds).settle()
     cmres.close_store()
     before, key = told(server_run, feeds), Path('first.db.key').read_text()
     assert '"weekly"' in before[0][0][1] and '"vms-' in before[0][3][1] and all(b'weekly' in each for each in before[1])
@@ -4011,7 +4011,7 @@ def test_postgresql_tells_schedulers_of_what_is_due_and_only_when_it_is_so(serve
     """Also after the connection was lost; what is due later is left to the beat."""
     server_run('resource', 'add', 'demo', '--vms', '4')
     service = cmres.local_service(load_config())
-    cycle, stop = cmres.LifeCycle(service.config, service.clouds), threading.Event()
+    cycle, stop = cmres.Scheduler(service.config, service.clouds), threading.Event()
     thread = threading.Thread(target=cycle.hear, args=(stop,))
 
     def told_of(deed, seconds=30.0):
@@ -4261,7 +4261,7 @@ def test_on_postgresql_who_follows_the_event_log_misses_nothing_that_is_saved_la
             last = each['id']
             seen.append(each['sentence'])
         return len(seen)
-    with writing(at_once, deed=lambda: house.journal(1.0, 'late', 'drawn first, saved last')):
+    with writing(at_once, deed=lambda: house.log_event(1.0, 'late', 'drawn first, saved last')):
         house.reserve_there('lab', 'a')
         assert follow() == (0 if marked else 1)
         assert len(seen) == (not marked)
@@ -4586,7 +4586,7 @@ def test_a_store_of_before_calls_had_ends_is_brought_up(world):
     book(world.service, 'full', start=30, end=31, vms=16)
     book(world.service, 'waits', start=30, end=31, wait=True)
     world.cycle.workers.submit = lambda *_: None
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     world.service.delete('waits')
     with cmres.transaction():
         make_tenth()
@@ -4601,7 +4601,7 @@ def test_a_store_of_before_calls_had_ends_is_brought_up(world):
     bring_up(world)
     assert {each.intended for each in cmres.rows('SELECT intended FROM server')} == {world.now}
     assert cmres.rows('SELECT id FROM reservation WHERE waiting IS NOT NULL') == []
-    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     world.now += world.config.leader_timeout + 1
     live(world, 120)
     assert world.state('lab') == 'active' and len(world.there()) == 3
@@ -4700,7 +4700,7 @@ def test_a_store_of_the_tenth_version_learns_whose_occurrences_and_events_are(wo
     book(eva, start=3, end=4), book(bob, 'other', 3, 4)
     book(bob, 'full', 5, 6, vms=16), book(eva, 'waits', 5, 6, wait=True)
     world.service.update('other', description='x' * 2000, project='chemistry')
-    world.now = (NOON + hours(2)).timestamp()  # nothing was booted in time
+    world.now = (NOON + hours(2)).timestamp()  # nothing was started in time
     world.cycle.settle()
     asked = [lambda: eva.list(), lambda: bob.list(user='bob'), lambda: eva.events(),
              lambda: world.service.list(state=['failed']), lambda: dump_of('texts')]
@@ -4712,7 +4712,7 @@ def test_a_store_of_the_tenth_version_learns_whose_occurrences_and_events_are(wo
     bring_up(world)
     assert [each() for each in asked] == before
     bob.delete('full')
-    world.cycle.admit_waiting(world.now)
+    world.cycle.serve_waiting_list(world.now)
     assert world.state('waits') == 'reserved'
 
 
@@ -5783,7 +5783,7 @@ def test_show_tells_what_is_there_now_and_else_what_was_there_last(world, servic
 @pytest.mark.parametrize('asked, window', [
     ({'start': NOON + hours(5)}, (5, 7)), ({'end': NOON + hours(2)}, (1, 2)), ({'end': NOON + hours(9)}, (1, 9)),
     ({'start': hours(4)}, (4, 6)), ({'start': NOON + hours(5), 'end': hours(1)}, (5, 6)), ({'end': hours(1)}, (1, 2))])
-def test_a_new_start_moves_and_a_new_end_stretches(service, asked, window):
+def test_a_new_start_moves_and_a_new_end_segments(service, asked, window):
     book(service, start=1, end=3, vms=16)
     found = service.update('lab', **asked)
     assert (found['start'], found['end']) == tuple(NOON + hours(each) for each in window)
@@ -6186,7 +6186,7 @@ def furnished(world) -> World:
     book(eva, 'offered', start=7, end=8, resource='frees', wait=True, confirm=hours(1))
     service.delete('other')
     with cmres.transaction():
-        service.waiting.admit_waiting(service.clock())
+        service.waiting.serve_waiting_list(service.clock())
     service.limit_add(user='bob', most_vms=1)
     service.maintenance_add('demo', NOON + hours(50), hours(1))
     book(service)
@@ -6295,7 +6295,7 @@ def test_what_waits_does_not_become_a_series(service):
             service.update('waits', repeat='daily', count=3, dry_run=dry_run)
     service.delete('lab')
     with cmres.transaction():
-        service.waiting.admit_waiting(service.clock())
+        service.waiting.serve_waiting_list(service.clock())
     assert service.check()['differences'] == 0 and service.show('waits')['state'] == 'reserved'
 
 
@@ -6459,7 +6459,7 @@ def test_every_offer_is_admitted_when_it_is_taken_as_it_is_offered(world, seed):
                 was = who.list(label)[-1]
             except NotFound:
                 continue
-            if was['state'] in cmres.OVER:
+            if was['state'] in cmres.FINISHED:
                 continue
             if chance.random() < 0.6:
                 asked = {'start': was['start'], 'end': was['end'] + hours(chance.randint(1, 8) / 2)}
@@ -6647,9 +6647,9 @@ def test_what_can_never_fit_is_told_before_what_does_not_fit_now(service):
 @pytest.mark.parametrize('repeat', ['', 'FREQ=DAILY'])
 def test_a_refusal_that_is_out_of_date_when_it_is_explained_is_still_a_refusal(service, repeat):
     asked = {name: each.default for name, each in API['add'].parameters.items()}
-    wish = service.wishes.read_wish(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
+    spec = service.specs.read_spec(asked | {'label': 'lab', 'resource': 'demo', 'start': NOON + hours(1),
                                       'end': NOON + hours(2), 'repeat': repeat})
-    with pytest.raises(NoCapacity, match='at the same moment'), cmres.transaction(), service.offers.explaining(wish):
+    with pytest.raises(NoCapacity, match='at the same moment'), cmres.transaction(), service.offers.with_suggestions(spec):
         raise NoCapacity('')  # as admit did, a moment before somebody else cancelled
 
 
@@ -7259,10 +7259,10 @@ def test_a_process_that_may_not_act_forgets_nothing_and_what_is_not_delivered_st
     book(service, 'new', 3, 4)
     world.at(5)
     cmres.run("UPDATE outbox SET due = 1e12")
-    rival = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    rival = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     world.now += 500 * 86400
-    world.cycle.converge(world.now)
-    assert not rival.converge(world.now) and service.show('old')['label'] == 'old'
+    world.cycle.reconcile(world.now)
+    assert not rival.reconcile(world.now) and service.show('old')['label'] == 'old'
     cmres.run('UPDATE outbox SET due = NULL')
     world.at(24 * 501)
     world.at(24 * 501 + 1)
@@ -7296,7 +7296,7 @@ def test_a_pass_asks_one_question_when_nothing_is_due_whatever_has_failed(tmp_pa
         costs.append(len(asked) - before)
         assert len(costs) < 120
         world.now += min(max(wait, 0), 1)
-        until(lambda: cycle.workers.results.qsize() == len(cycle.workers.flying))
+        until(lambda: cycle.workers.results.qsize() == len(cycle.workers.running_calls))
     trace(None)
     assert sorted(costs)[len(costs) // 2] == 1, collections.Counter(asked).most_common(20)
     assert begun[0] < 30, begun  # the lease is renewed every 3 seconds
@@ -7637,8 +7637,8 @@ def lesson(number: float, at=1):
     return NOON + hours(at + WEEK * number)
 
 
-def at_wall(zone, *wall):
-    return datetime(*wall, tzinfo=read_zone(zone)).astimezone(UTC)
+def at_local(zone, *local):
+    return datetime(*local, tzinfo=read_zone(zone)).astimezone(UTC)
 
 
 def rows_of(label='class') -> list:
@@ -7648,7 +7648,7 @@ def rows_of(label='class') -> list:
 
 
 def kept(label='class') -> list[tuple]:
-    """The starts of what is not cancelled, in hours after noon, with their lengths and machines."""
+    """The starts of what is not cancelled, in hours after noon, with their lengths and VMs."""
     return sorted(((each.start - NOON.timestamp()) / 3600, (each.end - each.start) / 3600, each.vms)
                   for each in rows_of(label) if each.cancelled is None)
 
@@ -7657,7 +7657,7 @@ def starts(label='class') -> list[float]:
     return [start for start, _, _ in kept(label)]
 
 
-def walls_of(zone, label='class') -> list[tuple[str, str]]:
+def local_starts_of(zone, label='class') -> list[tuple[str, str]]:
     found = sorted((each.start, each.end) for each in rows_of(label) if each.cancelled is None)
     return [tuple(f'{cmres.instant(moment).astimezone(read_zone(zone)):%Y-%m-%d %H:%M}' for moment in window)
             for window in found]
@@ -7668,7 +7668,7 @@ def anew(world) -> None:
     for table in ('outbox', 'event', 'server', 'occurrence', 'reservation', 'step', 'lease'):
         cmres.run(f'DELETE FROM {table}')
     cmres.run("DELETE FROM fact WHERE name = 'refreshed'")
-    world.now, world.cycle = NOON.timestamp(), cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.now, world.cycle = NOON.timestamp(), cmres.Scheduler(world.config, world.clouds, lambda: world.now)
 
 
 def outcomes(answer) -> list[str]:
@@ -7723,8 +7723,8 @@ def walked(rule, first: datetime, end, zone, length: timedelta, now: datetime):
     last = min(end, last) if end and not count else last
     if 'BYWEEKNO' in rule and not re.search('BYDAY|BYMONTHDAY|BYYEARDAY', rule):
         rule += f';BYDAY={cmres.WEEKDAYS[first.weekday()]}'  # RFC 5545, 3.3.10: which dateutil doesn't do
-    for wall in itertools.islice(rrulestr(rule, dtstart=first).replace(until=last), count):
-        begin, until = (each.replace(tzinfo=zone, fold=0).astimezone(UTC) for each in (wall, wall + length))
+    for local in itertools.islice(rrulestr(rule, dtstart=first).replace(until=last), count):
+        begin, until = (each.replace(tzinfo=zone, fold=0).astimezone(UTC) for each in (local, local + length))
         until = until if until > begin else begin + length
         if until > now:
             yield begin, until
@@ -7750,7 +7750,7 @@ def test_a_series_is_what_dateutil_makes_of_its_rule_by_the_clocks_of_its_zone(
     until = first + end if isinstance(end, timedelta) else end
     expected = walked(rule, first, until, zone, length, now)
     limit = {'count': end} if isinstance(end, int) else {'until': until.replace(tzinfo=zone)} if until else {}
-    if until and not isinstance(until, int):  # as an instant, that of a wall time which exists twice is the first
+    if until and not isinstance(until, int):  # as an instant, that of a local time which exists twice is the first
         assume(until.replace(tzinfo=zone).astimezone(UTC).astimezone(zone).replace(tzinfo=None) == until)
 
     def ask():
@@ -7770,7 +7770,7 @@ def test_a_series_is_what_dateutil_makes_of_its_rule_by_the_clocks_of_its_zone(
     assert [(each['start'], each['end']) for each in answer['occurrences']] == wanted
     assert (answer['start'], answer['end']) == wanted[0]
     assert set(outcomes(answer)) == {'booked'}
-    part = cmres.Stretch(first.isoformat(), minutes * 60, name, 1, 1, answer['repeat'])
+    part = cmres.Segment(first.isoformat(), minutes * 60, name, 1, 1, answer['repeat'])
     assert [(cmres.instant(slot.start), cmres.instant(slot.end)) for slot in
             cmres.all_slots([part], now.timestamp(), horizon.timestamp())] == wanted
 
@@ -7782,26 +7782,26 @@ def test_a_series_is_what_dateutil_makes_of_its_rule_by_the_clocks_of_its_zone(
 def test_a_rule_that_is_begun_near_a_window_gives_what_it_gives_from_its_first_day_on(rule, end, start, days):
     near = start + timedelta(days=days)
     rule += f';COUNT={end}' if isinstance(end, int) else f';UNTIL={end:%Y%m%d}T120000' if end else ''
-    series = cmres.Stretch(start.isoformat(), 3600, 'UTC', 1, 1, rule)
-    whole = itertools.takewhile(lambda wall: wall < near + timedelta(days=3000), cmres.walls(series))
-    begun = itertools.takewhile(lambda wall: wall < near + timedelta(days=3000), cmres.walls(series, near))
-    assert [*begun] == [wall for wall in whole if wall >= near]
+    series = cmres.Segment(start.isoformat(), 3600, 'UTC', 1, 1, rule)
+    whole = itertools.takewhile(lambda local: local < near + timedelta(days=3000), cmres.local_starts(series))
+    begun = itertools.takewhile(lambda local: local < near + timedelta(days=3000), cmres.local_starts(series, near))
+    assert [*begun] == [local for local in whole if local >= near]
 
 
 def test_a_series_of_half_a_century_costs_no_more_than_a_new_one():
-    """Counted, not timed: how many wall times its rule gives for one year of it."""
-    old = cmres.Stretch('1970-01-01T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=DAILY;COUNT=30000')
-    given, rule_walls = [], cmres.rule_walls
+    """Counted, not timed: how many local times its rule gives for one year of it."""
+    old = cmres.Segment('1970-01-01T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=DAILY;COUNT=30000')
+    given, rule_starts = [], cmres.rule_starts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cmres, 'rule_walls', lambda *rule: (given.append(wall) or wall for wall in rule_walls(*rule)))
+        patch.setattr(cmres, 'rule_starts', lambda *rule: (given.append(local) or local for local in rule_starts(*rule)))
         found = cmres.all_slots([old], NOON.timestamp(), NOON.timestamp() + 366 * 86400)
     assert len(found) == 366 and len(given) < 500
 
 
 def test_of_weeks_alone_the_weekday_is_that_of_the_start():
     """RFC 5545, 3.3.10: what a rule leaves open its start tells."""
-    series = cmres.Stretch('2027-05-18T10:00:00', 3600, 'UTC', 1, 1, 'FREQ=YEARLY;BYWEEKNO=20;COUNT=3')
-    assert [f'{wall:%Y-%m-%d %a}' for wall in cmres.walls(series)] == [
+    series = cmres.Segment('2027-05-18T10:00:00', 3600, 'UTC', 1, 1, 'FREQ=YEARLY;BYWEEKNO=20;COUNT=3')
+    assert [f'{local:%Y-%m-%d %a}' for local in cmres.local_starts(series)] == [
         '2027-05-18 Tue', '2028-05-16 Tue', '2029-05-15 Tue']
 
 
@@ -7809,7 +7809,7 @@ def test_of_weeks_alone_the_weekday_is_that_of_the_start():
 def test_weeks_are_those_of_the_calendar_of_weeks(number):
     rule = f'FREQ=YEARLY;BYWEEKNO={number};BYDAY={",".join(cmres.WEEKDAYS)}'
     first, last = datetime(1990, 1, 1), datetime(2030, 1, 1)
-    found = itertools.takewhile(lambda wall: wall < last, cmres.followed(rule, first, first))
+    found = itertools.takewhile(lambda local: local < last, cmres.followed(rule, first, first))
 
     def meant(day: datetime) -> int:
         year, week, _ = day.isocalendar()
@@ -7822,7 +7822,7 @@ def test_weeks_are_those_of_the_calendar_of_weeks(number):
 
 
 def test_a_slot_of_later_that_was_moved_into_a_window_is_found():
-    series = cmres.Stretch('2026-12-01T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=DAILY',
+    series = cmres.Segment('2026-12-01T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=DAILY',
                            moved={'2027-06-01T09:00:00': ('2026-12-03T15:00:00', 3600, 1)})
     found = cmres.all_slots([series], NOON.timestamp(), NOON.timestamp() + 3 * 86400)
     assert [slot.key for slot in found] == ['2026-12-02T09:00:00', '2026-12-03T09:00:00', '2027-06-01T09:00:00',
@@ -7854,8 +7854,8 @@ def test_a_rare_day_is_waited_for(service, rule, fits):
 
 @pytest.mark.parametrize('zone', CHANGING)
 def test_a_weekly_class_starts_at_the_same_wall_time_all_year(service, zone):
-    service.add('class', 'demo', at_wall(zone, 2026, 12, 3, 9), hours(2), repeat='FREQ=WEEKLY', tz=zone)
-    found = walls_of(zone)
+    service.add('class', 'demo', at_local(zone, 2026, 12, 3, 9), hours(2), repeat='FREQ=WEEKLY', tz=zone)
+    found = local_starts_of(zone)
     assert len(found) in (52, 53) and {begin[11:] for begin, _ in found} == {'09:00'}
     assert {until[11:] for _, until in found} == {'11:00'} and all(a[:10] == b[:10] for a, b in found)
     assert len({each.start % 86400 for each in rows_of()}) == 2  # by the sun it is at two times
@@ -7864,9 +7864,9 @@ def test_a_weekly_class_starts_at_the_same_wall_time_all_year(service, zone):
 
 @pytest.mark.parametrize('zone', CHANGING)
 def test_a_night_ends_at_its_hour_on_every_date(world, zone):
-    first = at_wall(zone, 2026, 12, 2, 22)
-    world.service.add('class', 'demo', first, at_wall(zone, 2026, 12, 3, 6), repeat='FREQ=DAILY', tz=zone)
-    found = walls_of(zone)
+    first = at_local(zone, 2026, 12, 2, 22)
+    world.service.add('class', 'demo', first, at_local(zone, 2026, 12, 3, 6), repeat='FREQ=DAILY', tz=zone)
+    found = local_starts_of(zone)
     assert {(begin[11:], until[11:]) for begin, until in found} == {('22:00', '06:00')}
     half = 0.5 if 'Lord_Howe' in zone else 1
     assert {(each.end - each.start) / 3600 for each in rows_of()} == {8 - half, 8, 8 + half}
@@ -7887,7 +7887,7 @@ def test_a_night_ends_at_its_hour_on_every_date(world, zone):
 ])
 def test_an_hour_that_is_not_there_begins_later_and_one_that_is_there_twice_the_first_time(
         world, zone, first, length, day, begin, real):
-    begins = at_wall(zone, *first)
+    begins = at_local(zone, *first)
     world.now = begins.timestamp() - 3600
     world.service.add('class', 'demo', begins, begins + hours(length), repeat='FREQ=DAILY;COUNT=3', tz=zone)
     before, changed, after = rows_of()
@@ -7910,7 +7910,7 @@ def test_an_hour_that_is_not_there_begins_later_and_one_that_is_there_twice_the_
         typed(service, 'update', label='n', start=start, end='+6h', repeat='daily', count=4))])
 @pytest.mark.parametrize('start', ['2027-10-30T23:00', '2027-03-27T22:00', '2027-10-31T02:30', '2027-03-28T02:30'])
 def test_six_hours_are_six_hours_in_every_occurrence(world, deed, start):
-    world.now = at_wall('Europe/Paris', 2027, 3, 1).timestamp()
+    world.now = at_local('Europe/Paris', 2027, 3, 1).timestamp()
     deed(world.service, start)
     found = world.service.show('n')['occurrences']
     assert {each['end'] - each['start'] for each in found} == {hours(6)} and len(found) == 4
@@ -7926,7 +7926,7 @@ def typed(service, name, **given):
 @pytest.mark.parametrize('end, lengths', [
     ('+1d', {23, 24}), ('+24h', {24}), ('+1d12h', {35, 36}), ('P1DT6H', {29, 30}), ('+30m', {0.5}), ('PT30H', {30})])
 def test_days_of_a_length_are_days_of_the_clocks_and_hours_are_hours(world, end, lengths):
-    world.now = at_wall('Europe/Paris', 2027, 3, 1).timestamp()
+    world.now = at_local('Europe/Paris', 2027, 3, 1).timestamp()
     typed(world.service, 'add', label='n', resource='demo', start='2027-03-25T09:00', end=end, repeat='every 3 days', count=4)
     typed(world.service, 'add', label='once', resource='demo', start='2027-03-27T09:00', end=end)
     found = world.service.show('n')['occurrences']
@@ -7940,7 +7940,7 @@ def test_days_of_a_length_are_days_of_the_clocks_and_hours_are_hours(world, end,
 def test_days_by_which_a_reservation_gets_longer_are_days_of_its_clocks(world, more, ends, command, repeat):
     if not repeat:
         world.service.config = dataclasses.replace(world.service.config, timezone='Europe/Paris')
-    world.now = at_wall('Europe/Paris', 2027, 3, 27, 9).timestamp()
+    world.now = at_local('Europe/Paris', 2027, 3, 27, 9).timestamp()
     typed(world.service, 'add', label='lab', resource='demo', start='2027-03-27T09:00 Europe/Paris', end='+2h', **repeat)
     longer = {'extend': {'by': more}, 'keep': {'until': f'+{more}'}}[command]
     answer = typed(world.service, command, label='lab', **longer)
@@ -7948,13 +7948,13 @@ def test_days_by_which_a_reservation_gets_longer_are_days_of_its_clocks(world, m
 
 
 def test_what_clients_are_typed_reaches_the_server_as_it_was_typed(world):
-    here = Here(PARIS, NOON)
+    here = TimeContext(PARIS, NOON)
     start = cmres.read_when('2027-03-28T02:30', here)
     assert cmres.to_plain(start) == '2027-03-28T02:30:00[Europe/Paris]'
-    again = cmres.read_when(cmres.to_plain(start), Here(UTC, NOON))
-    assert (again, again.wall, again.zone.key) == (start, start.wall, PARIS.key)
+    again = cmres.read_when(cmres.to_plain(start), TimeContext(UTC, NOON))
+    assert (again, again.local, again.zone.key) == (start, start.local, PARIS.key)
     bare = cmres.read_when('17:30', here)
-    again = cmres.read_when(cmres.to_plain(bare), Here(UTC, NOON))
+    again = cmres.read_when(cmres.to_plain(bare), TimeContext(UTC, NOON))
     assert (again, again.zone.key, again.bare) == (bare, PARIS.key, True)
     for text in ('+1d12h', '+2w', '+36h', 'PT90M', '+0s'):
         length = cmres.parse_duration(text)
@@ -7966,24 +7966,24 @@ def test_what_clients_are_typed_reaches_the_server_as_it_was_typed(world):
     ('2028-01-12T09:00:00', '2026-12-10T09:00:00', True), ('2028-01-12T09:00:00', '2028-01-13T09:00:00', False),
     ('2028-01-13T09:00:00', '2026-12-10T09:00:00', False), ('2026-12-09T09:00:00', '2028-01-13T09:00:00', False)])
 def test_an_occurrence_that_is_moved_in_from_beyond_the_horizon_is_wanted(key, there, wanted):
-    stretch = cmres.Stretch('2026-12-02T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=WEEKLY', moved={key: (there, 3600, 1)})
-    found = [slot.key for slot in cmres.slots(stretch, NOON.timestamp(), NOON.timestamp() + 366 * 86400)]
+    segment = cmres.Segment('2026-12-02T09:00:00', 3600, 'UTC', 1, 1, 'FREQ=WEEKLY', moved={key: (there, 3600, 1)})
+    found = [slot.key for slot in cmres.slots(segment, NOON.timestamp(), NOON.timestamp() + 366 * 86400)]
     assert (key in found) == wanted and len(found) == 53 + (1 if wanted else -1 if key < '2027' else 0)
 
 
 def test_a_series_that_was_stored_before_lengths_were_exact_ends_by_the_clocks():
     old = json.dumps([{'start': '2027-10-30T23:00:00', 'length': 21600, 'zone': 'Europe/Paris', 'vms': 1, 'resource': 1,
                        'rule': 'FREQ=DAILY;COUNT=3', 'moved': {'2027-10-31T23:00:00': ['2027-10-31T22:00:00', 3600, 2]}}])
-    found = cmres.all_slots(cmres.read_stretches(old), 0, at_wall('Europe/Paris', 2028, 1, 1).timestamp())
+    found = cmres.all_slots(cmres.read_segments(old), 0, at_local('Europe/Paris', 2028, 1, 1).timestamp())
     assert [(each.end - each.start) // 3600 for each in found] == [7, 1, 6]
 
 
 def test_a_day_that_a_zone_left_out_gives_the_instant_after_it(world):
     world.now = datetime(2011, 12, 28, tzinfo=UTC).timestamp()  # Samoa had no 30 December 2011
-    begins = at_wall('Pacific/Apia', 2011, 12, 29, 9)
+    begins = at_local('Pacific/Apia', 2011, 12, 29, 9)
     world.service.add('class', 'demo', begins, hours(2), repeat='FREQ=DAILY;COUNT=4', tz='Pacific/Apia')
-    assert walls_of('Pacific/Apia')[0] == ('2011-12-29 09:00', '2011-12-29 11:00')
-    assert ('2012-01-01 09:00', '2012-01-01 11:00') in walls_of('Pacific/Apia')
+    assert local_starts_of('Pacific/Apia')[0] == ('2011-12-29 09:00', '2011-12-29 11:00')
+    assert ('2012-01-01 09:00', '2012-01-01 11:00') in local_starts_of('Pacific/Apia')
 
 
 # What people type
@@ -8096,7 +8096,7 @@ def test_until_a_date_means_its_last_second(service):
 
 
 def test_until_an_instant_includes_what_starts_at_it(service):
-    for until in (lesson(2), hours(1 + 2 * WEEK), at_wall('America/New_York', 2026, 12, 15, 8)):
+    for until in (lesson(2), hours(1 + 2 * WEEK), at_local('America/New_York', 2026, 12, 15, 8)):
         assert len(series(service, until=until, dry_run=True)['occurrences']) == 3
     assert len(series(service, until=lesson(2) - timedelta(seconds=1), dry_run=True)['occurrences']) == 2
     assert len(series(service, 'FREQ=WEEKLY;UNTIL=20261215T130000Z', dry_run=True)['occurrences']) == 3
@@ -8150,19 +8150,19 @@ def test_a_start_in_the_past_is_refused_also_for_a_series(service):
 def test_a_series_whose_zone_is_not_named_goes_by_that_of_the_configuration(tmp_path):
     world = World(tmp_path, timezone='America/New_York')
     assert series(world.service, tz='')['tz'] == 'America/New_York'
-    assert {begin[11:] for begin, _ in walls_of('America/New_York')} == {'08:00'}
+    assert {begin[11:] for begin, _ in local_starts_of('America/New_York')} == {'08:00'}
     cmres.close_store()
 
 
 # What doesn't fit
 
 @pytest.fixture
-def wall(service):
-    """The machines of the week after next are taken from 12:00 to 17:00."""
+def local(service):
+    """The VMs of the week after next are taken from 12:00 to 17:00."""
     return book(service, 'wall', 2 * WEEK, 2 * WEEK + 5, vms=14)
 
 
-def test_a_series_is_refused_as_a_whole_and_all_that_does_not_fit_is_named(service, wall):
+def test_a_series_is_refused_as_a_whole_and_all_that_does_not_fit_is_named(service, local):
     book(service, 'other', 3 * WEEK + 2, 3 * WEEK + 4, vms=13)
     before = without_events()
     with pytest.raises(NoCapacity) as refusal:
@@ -8181,7 +8181,7 @@ def test_a_series_is_refused_as_a_whole_and_all_that_does_not_fit_is_named(servi
     assert service.events()[-1]['code'] == 'refused'
 
 
-def test_by_rest_a_series_that_does_not_fit_is_409_with_what_is_in_the_way(app, world, wall):
+def test_by_rest_a_series_that_does_not_fit_is_409_with_what_is_in_the_way(app, world, local):
     line = {'label': 'class', 'resource': 'demo', 'start': '2026-12-01T13:00Z', 'end': '+2h', 'vms': 4,
             'repeat': 'weekly', 'count': 4}
     for dry_run in (True, False):
@@ -8191,7 +8191,7 @@ def test_by_rest_a_series_that_does_not_fit_is_409_with_what_is_in_the_way(app, 
 
 
 @pytest.mark.parametrize('dry_run', [True, False])
-def test_skip_takes_the_others_and_names_what_is_left_out(service, wall, dry_run):
+def test_skip_takes_the_others_and_names_what_is_left_out(service, local, dry_run):
     before = dump()
     found = series(service, vms=4, count=4, on_conflict='skip', dry_run=dry_run)
     assert outcomes(found) == ['booked', 'booked', 'left out', 'booked']
@@ -8256,9 +8256,9 @@ def test_shift_finds_what_trying_every_half_hour_would_find(world, busy, vms, le
 
     def free(at):
         return at >= 0 and all(each + vms <= 16 for each in held[at:at + length])
-    wish = dict(start=10, end=10 + length / 2, vms=vms, count=1, on_conflict=f'shift={most * 30}m', dry_run=True)
+    spec = dict(start=10, end=10 + length / 2, vms=vms, count=1, on_conflict=f'shift={most * 30}m', dry_run=True)
     try:
-        found = series(world.service, **wish)['occurrences'][0]
+        found = series(world.service, **spec)['occurrences'][0]
     except NoCapacity:
         found = {'outcome': 'left out'}
     nearest = sorted(range(20 - most, 21 + most), key=lambda at: (abs(at - 20), at))
@@ -8636,11 +8636,11 @@ def test_an_occurrence_is_named_by_its_date_in_the_zone_of_the_series(service):
 
 
 def test_the_end_of_one_that_begins_in_a_missing_hour_is_where_it_was_put(world):
-    paris = functools.partial(at_wall, 'Europe/Paris', 2027, 3)
+    paris = functools.partial(at_local, 'Europe/Paris', 2027, 3)
     world.now = paris(20).timestamp()
     world.service.add('class', 'demo', paris(21, 2, 30), hours(2), repeat='FREQ=WEEKLY;COUNT=3', tz='Europe/Paris')
     world.service.update('class', occurrence=date(2027, 3, 28), following=True, end=paris(28, 6, 30))
-    assert [end[11:] for _, end in walls_of('Europe/Paris')] == ['04:30', '06:30', '06:30']
+    assert [end[11:] for _, end in local_starts_of('Europe/Paris')] == ['04:30', '06:30', '06:30']
 
 
 def test_another_resource_for_all_or_from_one_on_or_for_one(service):
@@ -8656,7 +8656,7 @@ def test_another_resource_for_all_or_from_one_on_or_for_one(service):
     assert service.check()['differences'] == 0
 
 
-def test_what_was_left_out_is_tried_again_when_the_series_asks_for_less(service, wall):
+def test_what_was_left_out_is_tried_again_when_the_series_asks_for_less(service, local):
     series(service, vms=4, count=4, on_conflict='skip')
     found = service.update('class', vms=2)
     assert [each['outcome'] for each in found['occurrences']] == ['changed', 'changed', 'booked', 'changed']
@@ -8813,9 +8813,9 @@ def test_the_rule_that_is_told_of_a_series_that_moved_is_that_of_its_occurrences
         label = f'class{move}'
         series(service, rule, label, start=24 * 7 + 1, end=24 * 7 + 2)
         first = service.list(label)[0]['start']
-        told = service.update(label, start=to_wall_of(first) + hours(move))['repeat']
+        told = service.update(label, start=to_local_of(first) + hours(move))['repeat']
         found = service.list(label)
-        starts = [to_wall_of(each['start']).replace(tzinfo=None) for each in found if each['state'] == 'reserved']
+        starts = [to_local_of(each['start']).replace(tzinfo=None) for each in found if each['state'] == 'reserved']
         assert {told, service.show(label)['repeat']} == {each['repeat'] for each in found}
         if told:
             expected = rrulestr(told, dtstart=starts[0])
@@ -8827,7 +8827,7 @@ def test_the_rule_that_is_told_of_a_series_that_moved_is_that_of_its_occurrences
     cmres.close_store()
 
 
-def to_wall_of(moment):
+def to_local_of(moment):
     return moment.astimezone(read_zone('Europe/Paris'))
 
 
@@ -9098,7 +9098,7 @@ def test_carrying_on_again_on_the_same_day_changes_nothing(world, service):
     series(service, 'daily'), series(service, 'weekly', 'other', vms=2)
     world.at(24)
     before = [line for line in dump() if 'INTO "lease"' not in line]
-    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     world.cycle.refresh(world.now)
     assert [line for line in dump() if 'INTO "lease"' not in line] == before
     for id in (1, 2):
@@ -9165,7 +9165,7 @@ def test_at_once_in_a_new_process_and_not_only_on_the_next_day(world, service, g
     series(service, 'weekly', count=12)
     world.at(5)
     government()
-    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     world.at(5 + 1 / 60)
     world.now += 10
     world.cycle.settle()
@@ -9219,7 +9219,7 @@ def test_a_scheduler_that_runs_notices_that_the_files_of_the_zones_are_others(wo
     assert starts() == [1, *(1 + n * WEEK - 2 for n in range(1, 5))]  # 14:00 at +03:00
 
 
-# Machines
+# VMs
 
 def test_each_occurrence_of_a_series_has_its_own_machines(world, service):
     series(service, vms=2, image='cirros', flavor='m1.small', count=4)
@@ -9494,7 +9494,7 @@ def boots_there(world, *args, **more):
 
 
 def machine(world, uid):
-    """Lets the simulated cloud have a server that somebody booted by hand."""
+    """Lets the simulated cloud have a server that somebody started by hand."""
     with cmres.transaction():
         cmres.insert(cmres.SimulatedServer, account='simulated', uid=uid, name=uid, mark='', made=world.now, boots=0,
                      power='active', fault='')
@@ -10350,7 +10350,7 @@ def test_a_change_of_an_occurrence_that_is_over_is_approved_no_more(world, appro
     book(approving, resource='asks', repeat='daily', count=3)
     world.service.approve('lab')
     approving.update('lab', occurrence=NOON.date(), vms=4)
-    world.now += 3.5 * 3600  # and the life cycle has not looked yet
+    world.now += 3.5 * 3600  # and the scheduler has not looked yet
     with pytest.raises(Conflict, match="'lab' is reserved. There is nothing to approve"):
         world.service.approve('lab')
     assert [(each['start'], each['vms']) for each in approving.show('lab')['occurrences']] == [
@@ -11478,7 +11478,7 @@ def test_the_plan_on_the_command_line(run):
 
 
 def sums(held, begin, until):
-    """The most machines at once in a window, from the list of (begin, until, vms)."""
+    """The most VMs at once in a window, from the list of (begin, until, vms)."""
     instants = [begin, *(b for b, _, _ in held if begin <= b < until)]
     return max(sum(vms for b, u, vms in held if b <= at < u) for at in instants)
 
@@ -11615,14 +11615,14 @@ for n in range(30):
         service.delete(here[0])
         mine.remove(here[0])
     with cmres.transaction():
-        service.waiting.admit_waiting(now[0])
+        service.waiting.serve_waiting_list(now[0])
 print('done')
 """
 
 
 @pytest.mark.parametrize('patience', [0, 1000])
 def test_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(world, patience):
-    """The journal is replayed: whoever was let in came before all that waited and would have fitted."""
+    """The event log is replayed: whoever was let in came before all that waited and would have fitted."""
     world.service.resource_add('ten', vms=10)
     crowd = [subprocess.Popen([sys.executable, '-c', LINER, world.config.database, str(n), str(patience), str(world.now)],
                               **beside(world), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -11632,7 +11632,7 @@ def test_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(world, pat
         assert out == 'done\n', err
     asked = {each.label: (-each.priority, each.id, each.vms) for each in cmres.rows(
         'SELECT r.label, r.priority, r.id, o.vms FROM reservation r JOIN occurrence o ON o.reservation_id = r.id')}
-    held, line, let_in = {}, {}, 0
+    held, line, place_waiting = {}, {}, 0
     for code, label in cmres.run('SELECT e.code, r.label FROM event e JOIN reservation r ON r.id = e.reservation_id '
                                  'ORDER BY e.id'):
         free = 10 - sum(held.values())
@@ -11646,9 +11646,9 @@ def test_processes_that_add_wait_and_cancel_admit_nobody_out_of_order(world, pat
             assert patience or not (line if code == 'added' else first), f'{label} overtook {line}'
             line.pop(label, None)
             held[label] = asked[label][2]
-            let_in += code == 'admitted'
+            place_waiting += code == 'admitted'
         assert sum(held.values()) <= 10
-    assert let_in > 1 and world.service.check()['differences'] == 0
+    assert place_waiting > 1 and world.service.check()['differences'] == 0
 
 
 @pytest.fixture
@@ -11666,11 +11666,11 @@ def lined(tmp_path):
 
 
 def admit(world) -> None:
-    """Lets the line move on, as the life cycle does."""
+    """Lets the line move on, as the scheduler does."""
     more = True
     while more:
         with cmres.transaction():
-            more = world.service.waiting.admit_waiting(world.now)
+            more = world.service.waiting.serve_waiting_list(world.now)
 
 
 def test_who_is_let_in_and_kept_others_back_is_followed_by_the_first_of_them(lined):
@@ -11963,13 +11963,13 @@ def test_a_list_of_hosts_is_a_request_of_as_many_parts(named):
         book(named.as_user(), 'more', start=5, end=6, resource='gpu', host='gpu-[2-3]')
 
 
-@pytest.mark.parametrize('wish, sentence', [
+@pytest.mark.parametrize('spec, sentence', [
     ({'resource': 'demo', 'host': 'gpu-1'}, "has no host 'gpu-1'. You cannot reserve single hosts here."),
     ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'm1.xlarge', 'vms': 3}, "3 VMs of m1.xlarge are more than the host"),
     ({'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'g1.medium', 'vms': 5}, "5 VMs of g1.medium are more than the host")])
-def test_a_host_that_is_not_there_or_too_small_is_refused(named, wish, sentence):
+def test_a_host_that_is_not_there_or_too_small_is_refused(named, spec, sentence):
     with pytest.raises(Error, match=sentence):
-        book(named.as_user(), **wish)
+        book(named.as_user(), **spec)
 
 
 def test_a_reserved_host_can_be_longer_moved_and_have_other_machines(named):
@@ -12441,16 +12441,16 @@ def test_any_sequence_with_parts_hosts_classes_and_waiting_leaves_no_drift(tmp_p
     regions(world, a1=4, a2=6)
     service.resource_add('b1', cloud='simulated', region='b', vms=5, classes={'CUSTOM_GPU': 3},
                          approval=chance.choice([None, hours(3)]))
-    wishes = ['a1:2', 'a2:3', 'b1:2:g1.medium', {'resource': '-', 'region': 'a', 'vms': 3},
-              {'resource': 'gpu', 'host': 'gpu-[1-2]'}, {'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'm1.small'},
-              {'resource': 'gpu', 'flavor': 'g1.medium', 'vms': 2, 'image': 'cirros'}]
+    specs = ['a1:2', 'a2:3', 'b1:2:g1.medium', {'resource': '-', 'region': 'a', 'vms': 3},
+             {'resource': 'gpu', 'host': 'gpu-[1-2]'}, {'resource': 'gpu', 'host': 'gpu-1', 'flavor': 'm1.small'},
+             {'resource': 'gpu', 'flavor': 'g1.medium', 'vms': 2, 'image': 'cirros'}]
 
     def one(label, who, when):
         return [
             lambda: book(who, f'r{step}', when, when + chance.randint(1, 5), '-', wait=chance.random() < 0.5,
-                         part=chance.sample(wishes, chance.randint(1, 3)), confirm=chance.choice([None, hours(1)]),
+                         part=chance.sample(specs, chance.randint(1, 3)), confirm=chance.choice([None, hours(1)]),
                          dry_run=chance.random() < 0.1),
-            lambda: book(who, f's{step}', when, when + 1, '-', part=chance.sample(wishes, 2), repeat='daily', count=3,
+            lambda: book(who, f's{step}', when, when + 1, '-', part=chance.sample(specs, 2), repeat='daily', count=3,
                          on_conflict=chance.choice(['refuse', 'skip', 'shift=2h'])),
             lambda: who.extend(label, hours(1)), lambda: who.update(label, vms=chance.randint(1, 5)),
             lambda: who.update(label, start=NOON + hours(when)), lambda: who.delete(label), lambda: who.skip(label),
@@ -12473,7 +12473,7 @@ def test_any_sequence_with_parts_hosts_classes_and_waiting_leaves_no_drift(tmp_p
         assert service.check()['differences'] == 0
     for each in service.maintenance_list():
         service.maintenance_delete(each['id'])
-    for each in service.list(state=[word for word in cmres.STATES if word not in cmres.OVER], limit=1000):
+    for each in service.list(state=[word for word in cmres.STATES if word not in cmres.FINISHED], limit=1000):
         with contextlib.suppress(NotFound):
             service.delete(each['label'], project=each['project'])
     assert cmres.rows('SELECT * FROM step WHERE at > ? AND (vms, vcpus, ram) <> (0, 0, 0)', int(world.now)) == []
@@ -13359,7 +13359,7 @@ def refuse_broken_rule(world, before: dict, lost: set = frozenset()):
               for at in range(each.start, each.end, 1800)}
     for id, each in there.items():
         placed = {int(host): number for host, number in json.loads(each.placed or '{}').items()}
-        assert sum(placed.values()) == each.vms or world.homeless, 'H1: not planned whole'
+        assert sum(placed.values()) == each.vms or world.affected, 'H1: not planned whole'
         assert each.affinity != 'apart' or set(placed.values()) <= {1}, 'H1: not apart'
         assert each.affinity != 'together' or len(placed) <= 1, 'H1: not together'
         assert all(hosts[host].state != 'gone' for host in placed), 'H1: on a host that is lost'
@@ -13396,7 +13396,7 @@ def random_deeds(world, monkeypatch, seed, number):
     """Random deeds on few hosts, after each of which the rule holds; how often each kind was done."""
     dice, hosts, done = random.Random(seed), {'h1': 8, 'h2': 8}, collections.Counter()
     rack(world, monkeypatch, hosts)
-    world.homeless, world.shrunk, there = False, set(), {}
+    world.affected, world.shrunk, there = False, set(), {}
     eva, root, nobody = world.as_user(), world.service, types.SimpleNamespace(label='none')
 
     def ask(label, **change):
@@ -13425,8 +13425,8 @@ def random_deeds(world, monkeypatch, seed, number):
                            "v.occurrence_id = o.id WHERE v.state = 'kept' ORDER BY r.id LIMIT 1")
         return found[0].label if found else 'none'
     for each in (eva.offers, page.offers, root.offers):  # what would fit instead is tested elsewhere
-        each.explaining = lambda *args, **more: contextlib.nullcontext()
-    monkeypatch.setattr(cmres.Offers, 'explaining', lambda *args, **more: contextlib.nullcontext())
+        each.with_suggestions = lambda *args, **more: contextlib.nullcontext()
+    monkeypatch.setattr(cmres.Offers, 'with_suggestions', lambda *args, **more: contextlib.nullcontext())
     monkeypatch.setattr(cmres, 'SEARCHED', ((8, 300),) * 2)  # the rule is to hold, however long it is looked for
     for step in range(number):
         start = int(world.now - NOON.timestamp()) // 3600 + dice.randrange(0, 12)
@@ -13475,10 +13475,10 @@ def random_deeds(world, monkeypatch, seed, number):
         if refused:
             assert rows == [cmres.rows(f'SELECT * FROM {table}') for table in ('occurrence', 'step', 'host')], 'H5'
         if names[n] in ('host', 'close'):
-            world.homeless = True
-            world.homeless = any(sum(json.loads(each.placed or '{}').values()) < each.vms
+            world.affected = True
+            world.affected = any(sum(json.loads(each.placed or '{}').values()) < each.vms
                                  for each in by_host(world).values())
-            done['homeless'] += world.homeless
+            done['homeless'] += world.affected
         there = refuse_broken_rule(world, there, lost)
     done['moved'] = world.moved
     return done
@@ -13543,7 +13543,7 @@ def demand(world, kind, hosts, days, seed, moves=True) -> collections.Counter:
     mean = sum(weight * max(gpus, 1) for weight, gpus, *_ in DEMAND[kind]) / sum(weight for weight, *_ in DEMAND[kind])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cmres.Simulated, 'AGGREGATES', (cmres.Aggregate('gpu', amounts, ''),))
-        patch.setattr(cmres.Offers, 'explaining', lambda *args, **more: contextlib.nullcontext())
+        patch.setattr(cmres.Offers, 'with_suggestions', lambda *args, **more: contextlib.nullcontext())
         patch.setattr(cmres, 'SEARCHES', cmres.SEARCHES if moves else 0)
         for _, *each in DEMAND[kind]:
             patch.setitem(cmres.Simulated.FLAVORS, f'{each}', cmres.Flavor(each[1], each[2] * 1024, tuple(
@@ -13564,8 +13564,8 @@ def demand(world, kind, hosts, days, seed, moves=True) -> collections.Counter:
                 became = 'hosts' if refusal.details['cause'] == 'host' else 'sum'
             done.update({'asked': 1, became: 1, f'{became} s': time.thread_time() - began})
             if became == 'hosts':
-                wish = cmres.Amount(vms, each[1] * vms, each[2] * 1024 * vms, (('CUSTOM_GPU', each[0] * vms),))
-                done['wrong'] += there_is_a_plan(world, wish, int(start.timestamp()), int(end.timestamp()), apart)
+                spec = cmres.Amount(vms, each[1] * vms, each[2] * 1024 * vms, (('CUSTOM_GPU', each[0] * vms),))
+                done['wrong'] += there_is_a_plan(world, spec, int(start.timestamp()), int(end.timestamp()), apart)
     place, = cmres.rows("SELECT * FROM resource WHERE name = 'gpu'")
     window = int(begin) + 14 * 86400, int(world.now)
     levels = [*cmres.steps(place.id, *window, ['CUSTOM_GPU']), (window[1], None)]
@@ -13575,14 +13575,14 @@ def demand(world, kind, hosts, days, seed, moves=True) -> collections.Counter:
     return done
 
 
-def there_is_a_plan(world, wish, begin, until, apart) -> bool:
-    """Whether CP-SAT finds a host for each VM of a wish and of all that has not begun, beside what has."""
+def there_is_a_plan(world, spec, begin, until, apart) -> bool:
+    """Whether CP-SAT finds a host for each VM of a spec and of all that has not begun, beside what has."""
     from ortools.sat.python import cp_model
     hosts = {each.id: {'vcpus': each.vcpus, 'ram': each.ram, **json.loads(each.classes)} for each in cmres.rows('SELECT * FROM host')}
     model, held, cuts = cp_model.CpModel(), [], {begin}
     lines = [(each.held_from, each.held_until, cmres.amount_of(each), each.affinity,
               json.loads(each.placed) if each.held_from <= world.now else None) for each in by_host(world).values()]
-    for first, last, amount, affinity, fixed in [*lines, (begin, until, wish, apart, None)]:
+    for first, last, amount, affinity, fixed in [*lines, (begin, until, spec, apart, None)]:
         most = 1 if affinity else amount.vms
         put = {host: fixed.get(str(host), 0) if fixed is not None else model.NewIntVar(0, most, '') for host in hosts}
         if fixed is None:
@@ -13595,7 +13595,7 @@ def there_is_a_plan(world, wish, begin, until, apart) -> bool:
             for name in has:
                 model.Add(sum(takes.get(name, 0) // vms * put[host] for _, _, takes, vms, put in there) <= has[name])
     solver = cp_model.CpSolver()
-    solver.parameters.num_workers, solver.parameters.max_deterministic_time = 1, 20  # not that of a busy machine
+    solver.parameters.num_workers, solver.parameters.max_deterministic_time = 1, 20  # not that of a busy VM
     return solver.Solve(model) in (cp_model.OPTIMAL, cp_model.FEASIBLE)
 
 
@@ -13606,7 +13606,7 @@ def test_few_are_refused_for_whom_there_is_a_plan(world):
 
 
 def survey(world, *verbs):
-    """What the life cycle does every few minutes: asks the clouds for their hosts, and follows."""
+    """What the scheduler does every few minutes: asks the clouds for their hosts, and follows."""
     world.cycle.settle()
     for verb in verbs or ('hosts', 'states'):
         world.cycle.watch.ask(verb)
@@ -13718,7 +13718,7 @@ def test_hosts_that_were_read_before_a_sync_are_read_anew(racks, monkeypatch):
     def aggregates(cloud):
         found = looks(cloud)
         asked.append(cloud)
-        if len(asked) == 1:  # while the life cycle reads, h2 comes back, and an admin syncs
+        if len(asked) == 1:  # while the scheduler reads, h2 comes back, and an admin syncs
             told_hosts(monkeypatch, {'h1': 8, 'h2': 8})
             racks.service.resource_sync('simulated')
         return found
@@ -14260,7 +14260,7 @@ def test_each_operation_is_for_its_role_and_those_above(world, name):
 
 
 def boot(world, label='lab', start=1, length=1, **asked):
-    """Reserves machines that boot, by hours after noon."""
+    """Reserves VMs that start, by hours after noon."""
     asked = {'vms': 3, 'flavor': 'm1.small', 'image': 'cirros'} | asked
     return world.service.add(label, 'demo', NOON + hours(start), NOON + hours(start + length), **asked)
 
@@ -14417,9 +14417,9 @@ def test_a_crash_after_the_intent_and_before_the_call_boots_once(world):
     boot(world)
     world.now = NOON.timestamp() + 3600
     world.cycle.workers.submit = lambda *_: None  # dies here
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     assert {each['state'] for each in world.service.servers('lab')} == {'build'}
-    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     for minutes in range(1, 7):
         world.at(1 + minutes / 60)
     assert len(world.there()) == 3 and world.state('lab') == 'active'
@@ -14507,17 +14507,17 @@ def test_a_cloud_that_hangs_delays_no_other(tmp_path):
     world.service.add('a', 'other', NOON + hours(1), NOON + hours(2), vms=8, flavor='m1.tiny', image='cirros')
     boot(world)
     world.now = NOON.timestamp() + 3600
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     while len(world.there()) < 3:
         world.cycle.wake.wait(5)
         world.cycle.wake.clear()
-        world.cycle.converge(world.now)
+        world.cycle.reconcile(world.now)
     assert {each['state'] for each in world.service.servers('a')} == {'build'}
     release.set()
     world.cycle.settle()
 
 
-# Life cycle: ends, machines that exist, notices ##############################
+# Life cycle: ends, VMs that exist, notifications ##############################
 
 
 def minutes(number: float) -> float:
@@ -14572,7 +14572,7 @@ def test_one_that_was_cancelled_is_deleted_whatever_was_to_become_of_it(world):
 
 @pytest.fixture
 def owned(world):
-    """A machine that somebody has already, switched off; its id."""
+    """A VM that somebody has already, switched off; its id."""
     uid = world.clouds.open('simulated').boot(cmres.Machine('mine', '', 'm1.tiny', 'cirros'))
     world.clouds.open('simulated').stop(uid)
     return uid
@@ -14698,7 +14698,7 @@ def test_a_call_that_hangs_does_not_keep_the_next_start_from_its_instant(world):
     boot(world, 'soon', start=1 + 3 / 3600)
     world.now = NOON.timestamp() + 3600 + 2.4
     world.cycle.guarded(world.cycle.one_pass)
-    assert world.cycle.workers.flying
+    assert world.cycle.workers.running_calls
     assert world.cycle.guarded(world.cycle.one_pass) == pytest.approx(0.6)
     hang.set()
     world.cycle.settle()
@@ -14769,11 +14769,11 @@ def test_a_notice_is_tried_until_it_arrives_and_follows_no_redirect(tmp_path):
 
 
 def refusing(monkeypatch, said, *dead):
-    """Lets notices fail that go to some targets, and counts them."""
-    def deliver(config, notice, about):
-        said.append((notice.target, notice.event))
-        if notice.target in dead:
-            raise cmres.Undelivered('refused')
+    """Lets notifications fail that go to some targets, and counts them."""
+    def deliver(config, notification, about):
+        said.append((notification.target, notification.event))
+        if notification.target in dead:
+            raise cmres.DeliveryFailed('refused')
     monkeypatch.setattr(cmres, 'deliver', deliver)
 
 
@@ -14974,7 +14974,7 @@ def heard(tmp_path):
 
 
 def look_at(world, begin: float, seconds) -> None:
-    """Lets the life cycle look so many seconds after an hour."""
+    """Lets the scheduler look so many seconds after an hour."""
     for each in seconds:
         world.at(begin + each / 3600)
 
@@ -15147,7 +15147,7 @@ def test_what_ends_before_a_maintenance_does_has_failed_for_it(world):
     lambda service: service.maintenance_add('synced', NOON + hours(0.5), NOON + hours(9)),
     lambda service: service.resource_capacity('synced', NOON + hours(0.5), NOON + hours(9), vcpus=0)])
 def test_nothing_that_is_affected_starts_in_any_way(world, owned, close):
-    """Neither what is new, nor what vanished, nor what grows, nor a machine that exists."""
+    """Neither what is new, nor what vanished, nor what grows, nor a VM that exists."""
     world.service.resource_add('synced', cloud='simulated', vcpus=100)
     some = dict(resource='synced', flavor='m1.small', image='cirros', vms=2)
     book(world.service, 'runs', 0.2, 3, **some)
@@ -15291,16 +15291,16 @@ def silent():
 
 
 def under_way(world) -> list[tuple]:
-    return [key for key in world.cycle.workers.flying if key[0] == 'notice']
+    return [key for key in world.cycle.workers.running_calls if key[0] == 'notice']
 
 
 def test_hosts_that_are_silent_delay_nobody_else(heard, silent):
-    """A hundred notices wait for ever at one host; those of others are there when their turn comes, which is at once."""
+    """A hundred notifications wait for ever at one host; those of others are there when their turn comes, which is at once."""
     world, inbox = heard()
     for number in range(10):
         book(world.as_user('tom', 'physics'), f'tom-{number}', start=number, end=number + 1, notify=silent(10))
     book(world.as_user(), 'lab', start=20, end=21, notify=[inbox.url.replace('127.0.0.1', 'localhost')])
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     assert len(under_way(world)) == cmres.PER_HOST + 1
     until = time.monotonic() + 60
     while not inbox.came and time.monotonic() < until:
@@ -15312,11 +15312,11 @@ def test_hosts_that_are_silent_delay_nobody_else(heard, silent):
 def test_an_owner_has_a_quarter_of_the_workers(tmp_path, monkeypatch):
     """Whatever the hosts are called."""
     world, release = World(tmp_path, workers=8), threading.Event()
-    monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: release.wait(60))
+    monkeypatch.setattr(cmres, 'deliver', lambda config, notification, about: release.wait(60))
     for user in ('tom', 'ann'):
         book(world.as_user(user, 'physics'), user, notify=[f'http://{user}{n}.example.org' for n in range(10)])
     book(world.as_user(), 'lab', notify=['http://eva.example.org'])
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     assert collections.Counter(key[2] for key in under_way(world)) == {'physics/tom': 2, 'physics/ann': 2, 'biology/eva': 1}
     release.set()
     world.cycle.settle()
@@ -15326,7 +15326,7 @@ def test_an_owner_has_a_quarter_of_the_workers(tmp_path, monkeypatch):
 
 def test_of_one_owner_a_target_is_told_in_order_and_of_others_beside_it(tmp_path, monkeypatch):
     world, told = World(tmp_path), []
-    monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: told.append((notice.owner, notice.event)))
+    monkeypatch.setattr(cmres, 'deliver', lambda config, notification, about: told.append((notification.owner, notification.event)))
     for number in range(5):
         for user in ('tom', 'ann'):
             book(world.as_user(user, 'physics'), f'{user}-{number}', number, number + 1, notify=['http://example.org'])
@@ -15582,7 +15582,7 @@ def test_a_mail_to_admins_says_who_asks(mails):
 #
 # First with real processes, that are killed and frozen; then under a clock that the test sets.
 
-#: Everything of the life cycle that takes seconds takes a tenth of one.
+#: Everything of the scheduler that takes seconds takes a tenth of one.
 HASTY = {'leader_timeout': 0.5, 'poll_changing': 0.05, 'lost_answer_wait': 0.5, 'retry_first': 0.1, 'retry_max': 0.5,
          'orphan_grace': 1,
          'simulated_boot': 0.2, 'simulated_failures': 0.2, 'simulated_latency': 0.02, 'poll_running': 0.5, 'call_timeout': 2,
@@ -15590,7 +15590,7 @@ HASTY = {'leader_timeout': 0.5, 'poll_changing': 0.05, 'lost_answer_wait': 0.5, 
 SECONDS = "(julianday('now') - 2440587.5) * 86400"
 
 
-class Watched(cmres.LifeCycle):
+class Watched(cmres.Scheduler):
     """Tells its cloud when a worker began, before it looked at the lease."""
     here = threading.local()
 
@@ -15892,7 +15892,7 @@ def ill(status, sentence='ill', sure=False, **details):
 
 
 def live(world, seconds: float) -> None:
-    """Lets the life cycle run for so long, with a pass at each instant that it asks for."""
+    """Lets the scheduler run for so long, with a pass at each instant that it asks for."""
     until, passes = world.now + seconds, 0
     while world.now < until:
         passes += 1
@@ -15905,7 +15905,7 @@ def live(world, seconds: float) -> None:
 def settle(world) -> None:
     """Passes until no call is under way, but not for ever."""
     for _ in range(200):
-        if not (world.cycle.converge(world.now) and world.cycle.workers.flying):
+        if not (world.cycle.reconcile(world.now) and world.cycle.workers.running_calls):
             return
         world.now += 0.001  # time does not stand still while calls are made
         world.cycle.wake.wait(1)
@@ -15930,7 +15930,7 @@ def wait_for(condition, world=None, seconds=10):
     while not condition():
         assert time.monotonic() < deadline, 'waited in vain'
         if world:
-            world.cycle.converge(world.now)
+            world.cycle.reconcile(world.now)
             world.now += 0.05
         time.sleep(0.005)
 
@@ -15993,7 +15993,7 @@ def test_while_a_cloud_is_well_known_to_be_dead_it_is_called_seldom_and_another_
     live(world, 10)
     assert world.state('lab') == 'active' and set(well.instants('boot')) == {NOON.timestamp() + 3600}
     live(world, 3500)
-    # Each machine once, then a look a pause of five minutes.
+    # Each VM once, then a look a pause of five minutes.
     assert len(dead.calls) <= 16 + 3600 / 240 + 10, dead.calls
 
 
@@ -16147,7 +16147,7 @@ def test_an_answer_that_is_lost_after_the_server_was_seen_up_leaves_no_fault(wor
     world.now = NOON.timestamp() + 3600
     wait_for(lambda: len(world.there()) == 1, world)
     world.now += 30
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     world.cycle.sweep()
     wait_for(lambda: world.state('lab') == 'active', world)
     hang.set()
@@ -16229,7 +16229,7 @@ class Points:
 
 
 def a_life(path, monkeypatch, chosen, crash) -> int:
-    """Two machines up and down again, with one thing going wrong; the number of points where it can."""
+    """Two VMs up and down again, with one thing going wrong; the number of points where it can."""
     path.mkdir()
     with monkeypatch.context() as patch:
         world = hurry(World(path, simulated_boot=1, settle=5, call_timeout=10, sweep=20, lease=6, retry_first=2))
@@ -16243,7 +16243,7 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
                 try:
                     wait = world.cycle.guarded(world.cycle.one_pass)
                     deadline = time.monotonic() + 10
-                    while world.cycle.workers.flying and not points.crashed and time.monotonic() < deadline:
+                    while world.cycle.workers.running_calls and not points.crashed and time.monotonic() < deadline:
                         world.cycle.wake.wait(0.2)
                         world.cycle.wake.clear()
                         wait = world.cycle.guarded(world.cycle.one_pass)
@@ -16255,7 +16255,7 @@ def a_life(path, monkeypatch, chosen, crash) -> int:
                     hurry(world)
                     for pool in world.cycle.workers.pools.values():
                         pool.shutdown()
-                    world.cycle = points.wrap(cmres.LifeCycle(world.config, world.clouds, lambda: world.now))
+                    world.cycle = points.wrap(cmres.Scheduler(world.config, world.clouds, lambda: world.now))
                     wait = world.config.leader_timeout + 0.1
                 world.now += max(min(wait, until - world.now), 0.2)
         world.now = NOON.timestamp() + 3600
@@ -16283,7 +16283,7 @@ def test_whichever_write_fails_and_wherever_it_crashes_later_passes_reach_what_i
 
 @pytest.mark.parametrize('verb', ['boot', 'delete'])
 def test_after_a_crash_in_mid_call_the_next_process_goes_on(world, verb):
-    """A delete at once; a boot when the server that the lost call may have made can't come any more."""
+    """A delete at once; a start when the server that the lost call may have made can't come any more."""
     hurry(world)
     boot(world)
     if verb == 'delete':
@@ -16291,8 +16291,8 @@ def test_after_a_crash_in_mid_call_the_next_process_goes_on(world, verb):
         live(world, 60)
     world.now = NOON.timestamp() + (3600 if verb == 'boot' else 7200)
     world.cycle.workers.submit = lambda *_: None  # dies here
-    world.cycle.converge(world.now)
-    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.cycle.reconcile(world.now)
+    world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     world.now += world.config.leader_timeout + 0.1
     live(world, 35 + (world.config.call_timeout + world.config.lost_answer_wait if verb == 'boot' else 0))
     assert world.state('lab') == ('active' if verb == 'boot' else 'ended')
@@ -16301,7 +16301,7 @@ def test_after_a_crash_in_mid_call_the_next_process_goes_on(world, verb):
 # Slow clouds
 
 
-class Busy(cmres.LifeCycle):
+class Busy(cmres.Scheduler):
     """Knows how many of its workers are at work."""
     counting, working = threading.Lock(), 0
 
@@ -16357,7 +16357,7 @@ class Slow(cmres.Simulated):
         with self.turn:
             working = sum(each.working for each in self.world.cycles)
             waiting = len([until for until in self.until.values() if until > self.world.now])
-        queued = [call for call in [*cycle.workers.flying.values()] if call.taken is None]
+        queued = [call for call in [*cycle.workers.running_calls.values()] if call.taken is None]
         return working == waiting and (not queued or cycle.working == self.config.workers) and not cycle.workers.results.qsize()
 
     def live(self, seconds: float, wanted: int):
@@ -16368,7 +16368,7 @@ class Slow(cmres.Simulated):
                 self.turn.notify_all()
             wait_for(lambda: self.rests() or self.world.cycle.workers.results.qsize(), seconds=60)
             for _ in range(3):
-                self.world.cycle.converge(self.world.now)
+                self.world.cycle.reconcile(self.world.now)
                 wait_for(lambda: self.rests() or self.world.cycle.workers.results.qsize(), seconds=60)
             assert len(self.world.there()) <= wanted, [tuple(each) for each in cmres.rows(
                 'SELECT name, mark, made FROM simulated_server')]
@@ -16493,8 +16493,8 @@ def test_a_clock_that_is_set_in_mid_boot_or_later_changes_nothing(world, shift, 
     if after:
         live(world, after)
     else:
-        world.cycle.converge(world.now)  # calls are under way, or have ended and are not recorded
-        wait_for(lambda: world.cycle.workers.results.qsize() == len(world.cycle.workers.flying))
+        world.cycle.reconcile(world.now)  # calls are under way, or have ended and are not recorded
+        wait_for(lambda: world.cycle.workers.results.qsize() == len(world.cycle.workers.running_calls))
     world.now += shift
     cloud.ahead = shift
     live(world, 120)
@@ -16531,10 +16531,10 @@ def test_a_clock_that_is_set_in_mid_delete_changes_nothing(world, shift, recorde
     live(world, 1)
     cloud.calls.clear()
     world.service.delete('lab')
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     wait_for(lambda: world.cycle.workers.results.qsize() == 3)
     if recorded:
-        world.cycle.converge(world.now)
+        world.cycle.reconcile(world.now)
     world.now += shift
     cloud.ahead = shift
     live(world, 60)
@@ -16561,7 +16561,7 @@ def test_a_clock_that_is_set_back_between_two_processes_delays_nothing_by_as_muc
     world.at(3)
     live(world, 300)
     world.cycle.finish()
-    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     world.now -= 3600
     cloud.ill = {}
     live(world, 700)
@@ -16572,13 +16572,13 @@ def test_a_notice_that_waits_is_not_delayed_by_a_clock_that_is_set_back(tmp_path
     world, sent = hurry(World(tmp_path, webhook='http://127.0.0.1:9/')), []
 
     def refuse(*_):
-        raise cmres.Undelivered('refused')
+        raise cmres.DeliveryFailed('refused')
     monkeypatch.setattr(cmres, 'deliver', refuse)
     book(world.service, start=5, end=6)
     live(world, 300)
     tries = cmres.row('SELECT tries FROM outbox').tries
     world.now -= 3600
-    monkeypatch.setattr(cmres, 'deliver', lambda config, notice, about: sent.append(notice.code))
+    monkeypatch.setattr(cmres, 'deliver', lambda config, notification, about: sent.append(notification.code))
     live(world, world.config.retry_first * 2 ** tries + 60)
     assert sent == ['added']
 
@@ -16593,9 +16593,9 @@ def test_a_clock_that_is_set_back_does_not_stop_the_heart_that_beats_every_secon
         def now(cls, tz=None):
             return datetime.fromtimestamp(time.time() + shift[0], tz)
     monkeypatch.setattr(schedule, 'datetime', types.SimpleNamespace(datetime=Shifted, timedelta=timedelta))
-    cycle = cmres.LifeCycle(world.config, world.clouds, lambda: time.time() + shift[0])
-    converge = cycle.converge
-    cycle.converge = lambda now: (converge(now), beats.append(now))[0]
+    cycle = cmres.Scheduler(world.config, world.clouds, lambda: time.time() + shift[0])
+    reconcile = cycle.reconcile
+    cycle.reconcile = lambda now: (reconcile(now), beats.append(now))[0]
     thread = threading.Thread(target=cycle.run, args=(stop,))
     thread.start()
     try:
@@ -16633,7 +16633,7 @@ def jumping(world):
 
 def renew(world):
     """Another process, with both clocks."""
-    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now, lambda: world.up)
+    world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now, lambda: world.up)
 
 
 def both_go(world, seconds: float):
@@ -16641,8 +16641,8 @@ def both_go(world, seconds: float):
     for _ in range(int(seconds)):
         world.now, world.up = world.now + 1, world.up + 1
         for _ in range(5):
-            world.cycle.converge(world.now)
-            wait_for(lambda: world.cycle.workers.results.qsize() == len(world.cycle.workers.flying))
+            world.cycle.reconcile(world.now)
+            wait_for(lambda: world.cycle.workers.results.qsize() == len(world.cycle.workers.running_calls))
 
 
 DAY = 86400
@@ -16761,7 +16761,7 @@ def test_a_process_that_was_frozen_in_mid_pass_begins_nothing_again_that_another
     live(world, 60)
     world.now += world.config.leader_timeout + 1
     before = standing()
-    assert second.converge(stale) and standing() == before
+    assert second.reconcile(stale) and standing() == before
     assert [each['code'] for each in world.service.events('lab')].count('ended') == 1
 
 
@@ -16847,7 +16847,7 @@ def test_a_machine_that_slept_over_the_end_of_a_window_leaves_nothing(world, asl
     world.at(0.99)
     if asleep != 'before':
         world.now = NOON.timestamp() + 3600
-        world.cycle.converge(world.now)
+        world.cycle.reconcile(world.now)
         wait_for(lambda: len(world.there()) == 3)
         if asleep != 'in mid call':
             live(world, {'in mid boot': 1, 'active': 60}[asleep])
@@ -16864,7 +16864,7 @@ def test_a_machine_that_slept_over_the_end_of_a_window_leaves_nothing(world, asl
 def two(world):
     """Two schedulers on one store."""
     hurry(world)
-    return world, world.cycle, cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    return world, world.cycle, cmres.Scheduler(world.config, world.clouds, lambda: world.now)
 
 
 def test_the_second_scheduler_waits_and_takes_over_when_the_lease_is_over(two):
@@ -16911,14 +16911,14 @@ def test_who_lost_the_lease_does_nothing_more(two, step):
     first.workers.submit(('look', 'simulated'), 'look', 'simulated', [])
     wait_for(lambda: first.workers.results.qsize())
     cmres.db.execute_sql('UPDATE lease SET holder = ?, until = ?', (second.leader.name, world.now + 6))
-    second.leader.leased_until = world.now + 6
+    second.leader.leader_until = world.now + 6
     cloud, before = Sick(world), dump_without_lease()
     if step == 'one_pass':
         assert first.guarded(first.one_pass) == 1
     else:
-        with pytest.raises(cmres.LostLease):
+        with pytest.raises(cmres.LostLeadership):
             operator.attrgetter(step)(first)(world.now + (2 if step != 'dispatcher.call' else 5))
-    assert not first.converge(world.now) and not first.workers.flying
+    assert not first.reconcile(world.now) and not first.workers.running_calls
     assert dump_without_lease() == before and cloud.calls == []
     second.settle()
     assert len(world.there()) == 6 and made_twice() == []
@@ -16935,14 +16935,14 @@ def test_a_worker_does_not_call_once_the_lease_has_run_out(tmp_path):
     world.at(0.99)
     cloud.calls.clear()
     world.now = NOON.timestamp() + 3600
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     wait_for(lambda: cloud.calls)
     world.now += world.config.leader_timeout + 1
     hang.set()
     wait_for(lambda: world.cycle.workers.results.qsize() == 1)
     assert cloud.instants('boot') == [NOON.timestamp() + 3600]
-    second = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
-    assert second.settle() and not world.cycle.converge(world.now) and not world.cycle.workers.flying
+    second = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
+    assert second.settle() and not world.cycle.reconcile(world.now) and not world.cycle.workers.running_calls
     world.cycle = second
     live(world, 120)
     assert len(world.there()) == 3 and world.state('lab') == 'active' and made_twice() == []
@@ -16953,7 +16953,7 @@ def test_what_was_under_way_when_the_lease_was_lost_is_adopted_by_the_next(two):
     boot(world)
     world.at(0.99)
     world.now = NOON.timestamp() + 3600
-    first.converge(world.now)
+    first.reconcile(world.now)
     wait_for(lambda: len(world.there()) == 3)
     world.now += world.config.leader_timeout + 1
     assert second.settle() and not first.settle()
@@ -16967,7 +16967,7 @@ FOLLOWED = {'leader_timeout': 6, 'call_timeout': 20, 'lost_answer_wait': 2, 'pol
 
 def other_process(world, name=''):
     """A scheduler as in a process of its own, which `kill` ends; with a name, on another computer."""
-    process, cycle = subprocess.Popen(['sleep', '100']), cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    process, cycle = subprocess.Popen(['sleep', '100']), cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     head, _, tail = cycle.leader.name.split(':', 1)[0], '', cycle.leader.name.rpartition(':')[2]
     cycle.leader.name = f'{head}:x:{process.pid}:{name or tail}'
     return cycle, lambda: (process.kill(), process.wait())
@@ -16981,13 +16981,13 @@ def test_a_scheduler_of_this_computer_that_was_killed_is_followed_at_once(tmp_pa
     try:
         boot(world, start=0, vms=5)
         began = world.now
-        assert first.converge(world.now) and not world.cycle.converge(world.now)
-        wait_for(lambda: first.converge(world.now) and len(cloud.instants('boot')) == 2)
-        first.converge(world.now)
+        assert first.reconcile(world.now) and not world.cycle.reconcile(world.now)
+        wait_for(lambda: first.reconcile(world.now) and len(cloud.instants('boot')) == 2)
+        first.reconcile(world.now)
         assert [each['tries'] for each in world.service.servers('lab')] == [1, 1, 0, 0, 0], 'as many as there are workers'
         kill()
         cloud.ill = {}
-        while not world.cycle.converge(world.now):
+        while not world.cycle.reconcile(world.now):
             world.now += 0.5
         assert world.now - began == acts
         for _ in range(4):
@@ -17008,7 +17008,7 @@ def test_who_follows_long_after_a_kill_waits_for_no_call(tmp_path):
     world = hurry(World(tmp_path, **FOLLOWED))
     (first, kill), cloud = other_process(world, 'afar'), Sick(world, boot=threading.Event())
     boot(world, start=0, vms=1, length=9)
-    assert first.converge(world.now)
+    assert first.reconcile(world.now)
     kill()
     cloud.ill['boot'].set()
     wait_for(world.there)
@@ -17057,18 +17057,18 @@ def test_who_hangs_in_the_middle_of_a_boot_until_another_acts_writes_and_calls_n
             hang.wait(60)
             return uid
     cloud, first = Hanging(world), world.cycle
-    second = world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    second = world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     boot(world, start=0, vms=1)
-    assert first.converge(world.now) and asked.wait(30)
+    assert first.reconcile(world.now) and asked.wait(30)
     wait_for(lambda: where == 'before it asks' or world.there())
     world.now += 6.5
     live(world, 40)
     assert world.state('lab') == 'active' and second.leader.held
     before, calls = dump(), len(cloud.calls)
     hang.set()
-    wait_for(lambda: not first.workers.results.empty() and len(first.workers.flying) - first.workers.results.qsize() == 0)
+    wait_for(lambda: not first.workers.results.empty() and len(first.workers.running_calls) - first.workers.results.qsize() == 0)
     world.now += 0.1
-    assert not first.converge(world.now) and not first.workers.flying
+    assert not first.reconcile(world.now) and not first.workers.running_calls
     assert dump() == before and len(cloud.calls) == calls and made_twice() == []
     assert [len(world.there()), world.service.servers('lab')[0]['tries']] == [1, 2 if where == 'before it asks' else 1]
 
@@ -17082,7 +17082,7 @@ def test_a_pass_that_takes_longer_than_its_lease_calls_all_the_same_where_nobody
         world.now += world.config.leader_timeout + 1
         return more
     world.cycle.planner.plan = slow_plan
-    assert world.cycle.converge(world.now)
+    assert world.cycle.reconcile(world.now)
     wait_for(world.there)
 
 
@@ -17100,7 +17100,7 @@ class Schedulers:
             world.service.resource_add(f'place-{n}', cloud=f'simulated-{n}', vms=16)
 
     def begin(self):
-        cycle = cmres.LifeCycle(self.world.config, self.world.clouds, lambda: self.world.now)
+        cycle = cmres.Scheduler(self.world.config, self.world.clouds, lambda: self.world.now)
         cycle.leader.shares = True
         return cycle
 
@@ -17155,7 +17155,7 @@ def test_one_that_dies_is_replaced_for_its_clouds_alone_and_within_the_lease(wor
     schedulers.passes(20)
     dead = schedulers.there.pop(1)
     kept, lost, before = schedulers.holders(), dead.leader.held, schedulers.moves.copy()
-    last = dead.leader.leased_until
+    last = dead.leader.leader_until
     while world.now < last:
         schedulers.passes(1, 0.5)
         assert lost.isdisjoint(schedulers.holders()) or world.now > last
@@ -17179,7 +17179,7 @@ def test_one_that_ends_in_good_order_gives_all_to_the_others_at_once(world):
 def test_a_line_of_cron_takes_what_is_free_and_no_share(world):
     schedulers = Schedulers(world, 3, 1)
     schedulers.passes(2)
-    cron = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    cron = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     assert not cron.settle()
     cron.finish()
     schedulers.passes(10)
@@ -17233,7 +17233,7 @@ def test_what_is_asked_before_a_start_and_deleted_after_an_end_is_of_who_acts_fo
     owner = schedulers.holders()
     assert {(verb, cloud) for verb in ('ahead', 'clear') for cloud in owner if cloud} == {
         (call.verb, call.cloud) for cycle, call in calls if call.verb in ('ahead', 'clear')
-        and not isinstance(call.error, cmres.LostLease) and owner[call.cloud] == cycle.leader.name}
+        and not isinstance(call.error, cmres.LostLeadership) and owner[call.cloud] == cycle.leader.name}
 
 
 def test_who_lost_one_cloud_writes_and_calls_nothing_more_there_and_goes_on_elsewhere(world):
@@ -17243,7 +17243,7 @@ def test_who_lost_one_cloud_writes_and_calls_nothing_more_there_and_goes_on_else
     for n, place in enumerate(['demo', 'place-2']):
         world.service.add(f'r{n}', place, cmres.instant(world.now), hours(1), flavor='m1.small', image='cirros')
     cmres.run("UPDATE lease SET holder = 'another', until = ? WHERE name = 'simulated-2'", world.now + 6)
-    with pytest.raises(cmres.LostLease), cycle.leader.acting():
+    with pytest.raises(cmres.LostLeadership), cycle.leader.acting():
         pass
     clouds = [Sick(world), Sick(world, 'simulated-2')]
     schedulers.passes(3)
@@ -17289,12 +17289,12 @@ def test_who_takes_over_much_begins_first_what_has_started_last(world, monkeypat
     live(world, 60)
     boot(world, 'new', start=1, vms=1, length=8)
     world.now = NOON.timestamp() + 3600
-    cloud, world.cycle = Sick(world), cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
-    written = statements(lambda: world.cycle.converge(world.now))
+    cloud, world.cycle = Sick(world), cmres.Scheduler(world.config, world.clouds, lambda: world.now)
+    written = statements(lambda: world.cycle.reconcile(world.now))
     assert world.cycle.goes_on and sum(each.startswith('UPDATE occurrence SET told') for each in written) == 2
     wait_for(lambda: len(cloud.instants('boot')) == 1)
     while world.cycle.goes_on:
-        planned = [each for each in statements(lambda: world.cycle.converge(world.now)) if each.startswith('UPDATE occurrence SET told')]
+        planned = [each for each in statements(lambda: world.cycle.reconcile(world.now)) if each.startswith('UPDATE occurrence SET told')]
         assert len(planned) <= 2
     live(world, 60)
     assert world.state('new') == 'active' and made_twice() == []
@@ -17310,11 +17310,11 @@ def test_a_cloud_is_given_when_its_calls_have_ended_or_after_a_while(world, busy
     for key, name in [(1, ''), (2, ''), (3, 'simulated')][:2 + busy]:
         first.workers.submit(('look', key), 'look', 'simulated', [], name)
     boot(world, start=0, vms=1)
-    second.converge(world.now), first.converge(world.now), second.converge(world.now)
+    second.reconcile(world.now), first.reconcile(world.now), second.reconcile(world.now)
     if busy:
         assert (first.leader.held, second.leader.held) == ({'', 'simulated'}, set()) and not first.workers.busy(('server', 1))
         world.now += world.config.leader_timeout / 2
-        first.converge(world.now), second.converge(world.now)
+        first.reconcile(world.now), second.reconcile(world.now)
     assert (first.leader.held, second.leader.held) == ({''}, {'simulated'})
     hang.set()
     wait_for(lambda: first.workers.results.qsize() == 2 + busy)
@@ -17559,7 +17559,7 @@ def test_servers_schedulers_and_postgresql_that_are_killed_lose_and_double_nothi
 
 @contextlib.contextmanager
 def in_thread(cycle, run=None):
-    """A life cycle that runs in a thread, on real time."""
+    """A scheduler that runs in a thread, on real time."""
     stop = threading.Event()
     thread = threading.Thread(target=run or cycle.run, args=(stop,), daemon=True)
     thread.start()
@@ -17573,8 +17573,8 @@ def in_thread(cycle, run=None):
 
 
 @pytest.mark.parametrize('error', [peewee.OperationalError('disk I/O error'), ValueError('a bug'),
-                                   cmres.LostLease('lost')], ids=repr)
-@pytest.mark.parametrize('where', ['sweep', 'rest', 'converge', 'next_due', 'wait_for_calls', 'hand_over'])
+                                   cmres.LostLeadership('lost')], ids=repr)
+@pytest.mark.parametrize('where', ['sweep', 'rest', 'reconcile', 'next_due', 'wait_for_calls', 'hand_over'])
 def test_no_error_ends_the_life_cycle(tmp_path, where, error):
     world = World(tmp_path, sweep=0.1)
     works, fails, calls = getattr(world.cycle, where), [error, error], []
@@ -17594,7 +17594,7 @@ def test_no_error_ends_the_life_cycle(tmp_path, where, error):
 def test_a_life_cycle_that_died_begins_anew_and_one_that_hangs_is_told(world, app, caplog):
     world.service.age, cycle = world.cycle.age, world.cycle
     world.clouds.clock = cycle.clocks.clock = time.time
-    run, converge, deaths = cycle.run, cycle.converge, [SystemExit(), MemoryError()]
+    run, reconcile, deaths = cycle.run, cycle.reconcile, [SystemExit(), MemoryError()]
     hung, hang = threading.Event(), threading.Event()
 
     def dying(stop):
@@ -17603,10 +17603,10 @@ def test_a_life_cycle_that_died_begins_anew_and_one_that_hangs_is_told(world, ap
         run(stop)
     cycle.run = dying
     with in_thread(cycle, lambda stop: cmres.keep_running(cycle, stop, every=0.02)):
-        wait_for(lambda: not deaths and cycle.leader.leased_until, seconds=60)
+        wait_for(lambda: not deaths and cycle.leader.leader_until, seconds=60)
         assert 'the scheduler stopped' in caplog.text
         wait_for(lambda: app.web.get('/healthz').json['last_pass'] < 30)
-        cycle.converge = lambda now: (hung.set(), hang.wait(120), converge(now))[-1]
+        cycle.reconcile = lambda now: (hung.set(), hang.wait(120), reconcile(now))[-1]
         assert hung.wait(60)
         cycle.passed -= 100
         wait_for(lambda: 'has done nothing' in caplog.text, seconds=60)
@@ -17645,7 +17645,7 @@ def test_a_line_of_cron_carries_on_all_series(tmp_path):
     world = many_series(tmp_path, 45)
     for quarter in range(1, 9):
         world.now = NOON.timestamp() + 6 * 3600 * quarter
-        world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+        world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
         world.cycle.settle()
         world.cycle.finish()
     assert last_days() == {day(4)}
@@ -17654,12 +17654,12 @@ def test_a_line_of_cron_carries_on_all_series(tmp_path):
 def test_a_process_that_is_replaced_while_series_are_carried_on_leaves_none_behind(tmp_path):
     world = many_series(tmp_path, 45)
     world.now += DAY
-    world.cycle.converge(world.now)
+    world.cycle.reconcile(world.now)
     assert last_days() == {day(2), day(3)}
     world.now += world.config.leader_timeout + 1
-    world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+    world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     for _ in range(3):
-        world.cycle.converge(world.now)
+        world.cycle.reconcile(world.now)
         world.now += 1
     assert last_days() == {day(3)}
 
@@ -17687,7 +17687,7 @@ def pace(world, passes=100) -> float:
     before = world.now
     for _ in range(passes):
         wait = world.cycle.guarded(world.cycle.one_pass)
-        while world.cycle.workers.flying:
+        while world.cycle.workers.running_calls:
             world.cycle.wake.wait(1)
             world.cycle.wake.clear()
             wait = world.cycle.guarded(world.cycle.one_pass)
@@ -17701,7 +17701,7 @@ def transactions(world, monkeypatch, passes=10) -> int:
     with monkeypatch.context() as patch:
         patch.setattr(cmres, 'transaction', lambda *args, **more: (count.append(1), real(*args, **more))[1])
         for _ in range(passes):
-            world.cycle.converge(world.now)
+            world.cycle.reconcile(world.now)
     return len(count)
 
 
@@ -17787,7 +17787,7 @@ def test_after_anything_in_any_order_there_is_what_is_wanted(tmp_path_factory, m
     cloud, labels = Sick(world), []
 
     def renew():
-        world.cycle = cmres.LifeCycle(world.config, world.clouds, lambda: world.now)
+        world.cycle = cmres.Scheduler(world.config, world.clouds, lambda: world.now)
     for verb, *what in moments:
         label = labels[what[0] % len(labels)] if labels and what and isinstance(what[0], int) else ''
         try:
@@ -17807,9 +17807,9 @@ def test_after_anything_in_any_order_there_is_what_is_wanted(tmp_path_factory, m
             elif verb == 'ill':
                 cloud.ill = {what[0]: what[1]} if what[1] else {}
             elif verb == 'crash':
-                world.cycle.converge(world.now)
+                world.cycle.reconcile(world.now)
                 if what[0]:  # the calls are made and their answers lost; else they are lost before
-                    wait_for(lambda: world.cycle.workers.results.qsize() >= len(world.cycle.workers.flying))
+                    wait_for(lambda: world.cycle.workers.results.qsize() >= len(world.cycle.workers.running_calls))
                 else:
                     for pool in world.cycle.workers.pools.values():
                         pool.shutdown(cancel_futures=True)
@@ -17823,7 +17823,7 @@ def test_after_anything_in_any_order_there_is_what_is_wanted(tmp_path_factory, m
                 # it is not the cloud's clock that is set
                 cmres.run('UPDATE simulated_server SET made = made + ?', what[0])
             elif verb == 'pass':
-                world.cycle.converge(world.now)
+                world.cycle.reconcile(world.now)
         except (Conflict, NotFound, Invalid):
             pass
     cloud.ill = {}
@@ -17832,7 +17832,7 @@ def test_after_anything_in_any_order_there_is_what_is_wanted(tmp_path_factory, m
     live(world, 200)
     while cmres.rows('SELECT id FROM occurrence WHERE held_from BETWEEN ?1 AND ?2 OR "end" BETWEEN ?1 AND ?2',
                      world.now - 30, world.now):
-        live(world, 40)  # what has just begun still boots, and what has just ended is still saved
+        live(world, 40)  # what has just begun still starts, and what has just ended is still saved
     wanted = []
     for each in cmres.rows('SELECT id, vms, held_from, "end", cancelled, reservation_id FROM occurrence'):
         label = cmres.row('SELECT label FROM reservation WHERE id = ?', each.reservation_id).label
@@ -18103,7 +18103,7 @@ def fits(value, schema, kinds) -> bool:
 
 @pytest.mark.parametrize('said, mib', [('64G', 65536), ('64 GiB', 65536), ('512MB', 512), ('1t', 2**20), ('2048', 2048)])
 def test_memory_is_said_in_mib_or_with_a_unit(world, said, mib):
-    world.service.resource_update(**cmres.bind(API['resource_update'], {'name': 'demo', 'ram': said}, Here(PARIS, NOON)))
+    world.service.resource_update(**cmres.bind(API['resource_update'], {'name': 'demo', 'ram': said}, TimeContext(PARIS, NOON)))
     assert world.service.resource_show('demo')['ram'] == mib
 
 
@@ -18121,7 +18121,7 @@ def test_memory_is_said_in_mib_or_with_a_unit(world, said, mib):
     (cmres.Clash, ['refuse', 'skip', 'shift=2h']), (cmres.Cursor, ['7', 7, '1796126400-7', '2026-12-01T12:00Z/7']),
     (cmres.Url, ['https://example.org/x.ics', 'webcal://example.org/']), (cmres.Page, [1, '10000']), (cmres.Text, ['a\nb'])])
 def test_what_a_kind_is_said_to_take_is_taken(kind, values):
-    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    kinds, here = cmres.openapi()['components']['schemas'], TimeContext(PARIS, NOON)
     for value in values:
         cmres.READERS[kind](value, here)
         assert fits(value, cmres.SCHEMAS[kind][1], kinds), value
@@ -18135,7 +18135,7 @@ def test_what_a_kind_is_said_to_take_is_taken(kind, values):
     (cmres.Names, [5, [1], {}]), (cmres.Pairs, [5, 'x', {'k': 1}, {'é': 'x'}]), (cmres.Classes, ['X', {'VCPU': 1}]),
     (cmres.Url, ['ftp://x', '', 'x y']), (cmres.Zone, ['no zone']), (cmres.Clash, ['never']), (cmres.Page, [0, 10_001])])
 def test_what_a_kind_is_said_to_refuse_is_refused(kind, values):
-    kinds, here = cmres.openapi()['components']['schemas'], Here(PARIS, NOON)
+    kinds, here = cmres.openapi()['components']['schemas'], TimeContext(PARIS, NOON)
     for value in values:
         with pytest.raises((ValueError, TypeError, Invalid)):
             cmres.READERS[kind](value, here)
@@ -22122,7 +22122,7 @@ def test_dates_that_are_left_out_are_marked(world):
 def test_a_line_is_read_into_the_fields_of_a_form(line, fields, start, end):
     names = {'resource': ['demo', 'gpu'], 'image': ['cirros', 'debian-12', 'ubuntu-22.04', 'ubuntu-24.04'],
              'flavor': ['m1.small', 'm1.tiny']}
-    read = cmres.QuickLine(line, cmres.Here(now=NOON, zone=zoneinfo.ZoneInfo('UTC')), names)
+    read = cmres.QuickLine(line, cmres.TimeContext(now=NOON, zone=zoneinfo.ZoneInfo('UTC')), names)
     assert read.fields == {'what': 'image'} | fields and read.unknown == ''
     assert (read.start, read.end) == tuple(datetime.fromisoformat(each).replace(tzinfo=UTC) for each in (start, end))
 
@@ -22143,7 +22143,7 @@ def test_a_line_of_times_that_are_none_is_refused_in_words(world, field, line):
 
 
 def test_a_last_date_that_is_not_understood_is_no_first_one():
-    here, names = cmres.Here(now=NOON, zone=UTC), {'resource': ['gpu'], 'image': [], 'flavor': []}
+    here, names = cmres.TimeContext(now=NOON, zone=UTC), {'resource': ['gpu'], 'image': [], 'flavor': []}
     line = cmres.QuickLine('every tue 10-12 until the week of 23 feb on gpu', here, names)
     assert (line.unknown, line.start, line.fields['resource']) == ('the week of 23 feb', NOON + hours(7 * 24 - 2), 'gpu')
 
@@ -22331,11 +22331,11 @@ def test_notices_are_new_until_they_are_marked_as_read(world):
     book(world.as_user(), start=100, end=101)
     world.service.maintenance_add('demo', NOON + hours(99), NOON + hours(102), 'new disks')
     page = visitor.get('/notices')
-    assert page.html.select('.bell')[0]['aria-label'] == 'Notices, 1 unread' and 'new disks' in page.html.text
+    assert page.html.select('.bell')[0]['aria-label'] == 'Notifications, 1 unread' and 'new disks' in page.html.text
     page = form_of(page, '/notices').submit(status=303).follow()
-    assert page.html.select('.bell')[0]['aria-label'] == 'Notices, 0 unread' and 'new disks' in page.html.text
+    assert page.html.select('.bell')[0]['aria-label'] == 'Notifications, 0 unread' and 'new disks' in page.html.text
     elsewhere, other = as_visitor(world).get('/'), as_visitor(world, 'tom', 'biology').get('/notices')
-    assert elsewhere.html.select('.bell')[0]['aria-label'] == 'Notices, 0 unread'  # on any device
+    assert elsewhere.html.select('.bell')[0]['aria-label'] == 'Notifications, 0 unread'  # on any device
     assert 'new disks' not in other
 
 
@@ -22542,7 +22542,7 @@ def signs_in(world, page, user='eva', project='biology', role='user', path='/'):
 
 
 def test_in_a_browser_from_signing_in_to_signing_out(world, browse):
-    """Book by dragging, watch machines boot, extend, cancel."""
+    """Book by dragging, watch VMs start, extend, cancel."""
     from playwright.sync_api import expect
     page = browse()
     page.goto('/')
@@ -23685,9 +23685,9 @@ def test_what_nobody_sees_and_is_stored_is_shown_escaped_everywhere(world, run, 
     visitor = as_visitor(world, 'root', 'default', 'admin')
     texts += [visitor.get(path).text for path in ('/', '/list', '/r/lab?project=biology', '/admin')]
     texts.append(visitor.get(urlsplit(feed).path).text)
-    notice = cmres.row(f'{cmres.NOTICES} LIMIT 1')
+    notification = cmres.row(f'{cmres.NOTIFICATIONS} LIMIT 1')
     worded = cmres.Config(texts={'added': '{label} of {user}\n{sentence} {actor}'})
-    texts.append(cmres.notice_text(worded, notice, world.service.list()[0]))
+    texts.append(cmres.notification_text(worded, notification, world.service.list()[0]))
     monkeypatch.setenv('CMRES_DATABASE', world.config.database)
     for form in cmres.FORMATS:
         texts += [run(*line, f'--format={form}')[1] for line in (['list', 'lab'], ['show', 'lab'], ['events'])]
@@ -24147,7 +24147,7 @@ def test_readme_shows_what_its_commands_print(tmp_path, monkeypatch, run):
         config, clouds, Actor('eva', 'default', 'admin'), played.time))
     cmres.prepared(config)
     cmres.welcome(cmres.local_service(config), 'http://127.0.0.1:8080')
-    cycle = cmres.LifeCycle(config, clouds, played.time)
+    cycle = cmres.Scheduler(config, clouds, played.time)
     (tmp_path / 'class.ics').write_bytes(CLASS_ICS)
     compared, wrong = 0, []
     for line, shown in shown_in_readme():
@@ -24327,7 +24327,7 @@ def public_sentences():
     for answer in vars(cmres).values():
         if isinstance(answer, type) and issubclass(answer, cmres.Answer):
             yield inspect.getdoc(answer)
-    yield from cmres.WORDS.values()
+    yield from cmres.ARGUMENT_HELP.values()
     yield from cmres.MEANS.values()
     yield from cmres.TEXTS.values()
     yield from (about for about, _ in cmres.GROUPS.values())
@@ -24363,7 +24363,7 @@ def test_a_window_names_its_day_once_and_its_zone_once(end, text):
 @pytest.mark.parametrize('old, new', [('confirm', 'accept_within')])
 def test_an_argument_is_taken_under_its_old_name_and_its_new_one(old, new):
     given = {'label': 'lab', 'resource': 'demo', 'start': '+1h', 'end': '+1h'}
-    here = cmres.Here(cmres.UTC, NOON)
+    here = cmres.TimeContext(cmres.UTC, NOON)
     assert cmres.bind(API['add'], given | {old: '1h'}, here) == cmres.bind(API['add'], given | {new: '1h'}, here)
     with pytest.raises(Invalid, match=f"{new} was given twice: '1h' and '2h'"):
         cmres.bind(API['add'], given | {old: '1h', new: '2h'}, here)
@@ -24654,7 +24654,7 @@ def ends_at(hour: int, minute: int = 0, day: int = 1) -> str:
 
 
 def asks(start: int, end: int, *lines: str, uid: str = 'one', day: int = 1, want: str = '2 x m1.small', **names) -> str:
-    """An event of a day in December 2026, by hours in UTC, that asks for machines."""
+    """An event of a day in December 2026, by hours in UTC, that asks for VMs."""
     return event(f'DTSTART:{ends_at(start, day=day)}', f'DTEND:{ends_at(end, day=day)}', f'SUMMARY:{uid}',
                  *([f'LOCATION:{want}'] if want else []), *lines, uid=uid)
 
@@ -25146,8 +25146,8 @@ def test_an_unchanged_feed_is_not_made_again_and_of_a_changed_one_only_what_chan
     path, made = feed(app), []
     real = cmres.Reservations.feed_events
     monkeypatch.setattr(cmres.Reservations, 'feed_events', lambda self, feed: made.append(feed) or real(self, feed))
-    cmres.event_text.cache_clear()
-    written = lambda: cmres.event_text.cache_info().misses  # noqa: E731
+    cmres.vevent_text.cache_clear()
+    written = lambda: cmres.vevent_text.cache_info().misses  # noqa: E731
     answer, same = fetch(app, path, '*'), fetch(app, path, '*')
     unchanged = fetch(app, path, '*', If_None_Match=answer.headers['ETag'])
     assert (answer.status_int, same.status_int, unchanged.status_int) == (200, 200, 304)
@@ -25591,12 +25591,12 @@ def test_a_body_of_anything_else_is_as_small_as_before(app):
 
 
 def test_daily_events_of_half_a_century_are_followed_from_now_on(service):
-    """Counted, not timed: how many wall times their rules give for all of them."""
+    """Counted, not timed: how many local times their rules give for all of them."""
     body = ''.join(event('DTSTART;TZID=Europe/Paris:19700102T090000', 'DURATION:PT1H', 'RRULE:FREQ=DAILY', 'CATEGORIES:VM',
                          uid=f'u{n}') for n in range(10))
-    given, rule_walls = [], cmres.rule_walls
+    given, rule_starts = [], cmres.rule_starts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cmres, 'rule_walls', lambda *rule: (given.append(wall) or wall for wall in rule_walls(*rule)))
+        patch.setattr(cmres, 'rule_starts', lambda *rule: (given.append(local) or local for local in rule_starts(*rule)))
         answer = take(service, body, dry_run=True)
     assert set(by_uid(answer).values()) == {'booked'} and len(given) < 10 * 8 * 366
 
@@ -25711,7 +25711,7 @@ def test_a_calendar_of_too_many_components_is_refused(monkeypatch, body):
 
 
 def test_what_has_no_wish_is_not_read(service, monkeypatch):
-    """Most of what a person's calendar holds: but for where a wish may be, nothing looks at it."""
+    """Most of what a person's calendar holds: but for where a spec may be, nothing looks at it."""
     read, read_property = [], cmres.read_property
     monkeypatch.setattr(cmres, 'read_property',
                         lambda line: read.append(line) or read_property(line))
@@ -25834,9 +25834,9 @@ def test_whole_days_of_exchange_are_the_same_days_in_every_zone(service, tz):
                         'EXDATE;TZID=W. Europe Standard Time:20270113T000000') + event(
         'RECURRENCE-ID;TZID=W. Europe Standard Time:20270120T000000', 'DTSTART;VALUE=DATE:20270121',
         'DTEND;VALUE=DATE:20270122', *day), tz=tz)
-    walls = [cmres.to_wall(cmres.instant(each.start), read_zone(tz)).isoformat() for each in
-             cmres.rows('SELECT start FROM occurrence ORDER BY start')]
-    assert walls == [f'2027-{day}T00:00:00' for day in ('01-06', '01-21', '01-27', '02-03')]
+    local_starts = [cmres.to_local(cmres.instant(each.start), read_zone(tz)).isoformat() for each in
+                    cmres.rows('SELECT start FROM occurrence ORDER BY start')]
+    assert local_starts == [f'2027-{day}T00:00:00' for day in ('01-06', '01-21', '01-27', '02-03')]
 
 
 @pytest.mark.parametrize('more, outcome', [
@@ -26437,15 +26437,15 @@ def test_a_calendar_is_not_booked_by_a_process_that_has_lost_the_lease(lan, shel
     lan.as_user().calendar_subscribe(shelf.url, resource='demo')
     release, asked = threading.Event(), threading.Event()
     shelf.answer = lambda request: (asked.set(), release.wait(30), shelf.calendar(request))
-    lan.cycle.converge(lan.now)
+    lan.cycle.reconcile(lan.now)
     assert asked.wait(30)
     lan.now += lan.config.leader_timeout + 1
-    second = cmres.LifeCycle(lan.config, lan.clouds, lambda: lan.now)
-    second.converge(lan.now)
+    second = cmres.Scheduler(lan.config, lan.clouds, lambda: lan.now)
+    second.reconcile(lan.now)
     release.set()
-    [call] = [call for call in lan.cycle.workers.flying.values() if call.verb == 'poll']
+    [call] = [call for call in lan.cycle.workers.running_calls.values() if call.verb == 'poll']
     wait_for(lambda: call.ended)
-    assert isinstance(call.error, cmres.LostLease)
+    assert isinstance(call.error, cmres.LostLeadership)
     second.settle()
     assert booked() == ['2026-12-01T13:00Z 1h']
 
@@ -27090,7 +27090,7 @@ def until(condition, seconds=120):
 
 @pytest.fixture
 def lab(tmp_path):
-    """A service on the real cloud OS_CLOUD, its life cycle running; every server of ours is removed at the end."""
+    """A service on the real cloud OS_CLOUD, its scheduler running; every server of ours is removed at the end."""
     world = World(tmp_path, poll=0.5, retry_first=2, settle=3)
     world.service.clock = world.cycle.clocks.clock = world.clouds.clock = time.time
     world.service.wake = world.cycle.wake.set
@@ -27142,9 +27142,9 @@ def test_five_machines_run_on_openstack_from_start_to_end(lab):
 @real
 @pytest.mark.parametrize('field', ['flavor', 'image', 'network', 'key', 'security_groups'])
 def test_what_openstack_does_not_know_is_refused_by_name(lab, field):
-    wish = WISH | {field: ['nosuch'] if field == 'security_groups' else 'nosuch'}
+    spec = WISH | {field: ['nosuch'] if field == 'security_groups' else 'nosuch'}
     with pytest.raises(Invalid, match="'nosuch'"):
-        lab.service.add('x', 'lab', NOON + hours(24 * 3650), hours(1), **wish)
+        lab.service.add('x', 'lab', NOON + hours(24 * 3650), hours(1), **spec)
 
 
 @openstack
@@ -27175,7 +27175,7 @@ def test_a_project_uses_its_own_credentials(lab):
 SVC = os.path.join(os.environ.get('LAB', ''), 'svc')
 inlab = pytest.mark.skipif(not os.path.exists(SVC), reason='only openstack-lab lets its services be stopped')
 ACCOUNT = os.environ.get('OS_CLOUD', '')
-QUICK = WISH | {'network': 'none'}  # a boot without a port takes half as long
+QUICK = WISH | {'network': 'none'}  # a start without a port takes half as long
 
 
 @pytest.fixture(autouse=True)
@@ -27253,7 +27253,7 @@ def passes(world, hours_after_noon):
     """Some passes, though calls go on for ever."""
     world.now = NOON.timestamp() + 3600 * hours_after_noon
     for _ in range(10):
-        world.cycle.converge(world.now)
+        world.cycle.reconcile(world.now)
         time.sleep(0.005)
 
 
@@ -27367,7 +27367,7 @@ def test_a_scheduler_killed_again_and_again_boots_twenty_and_removes_twenty(tmp_
         return sum(each['state'] != 'deleted' for each in world.service.servers(label))
     try:
         world.service.add(label, 'lab', world.service.here.now, hours(1), vms=20, **WISH)
-        for _ in range(4):  # each kill in the middle of booting: some are made, some are not
+        for _ in range(4):  # each kill in the middle of starting: some are made, some are not
             process.start()
             begun, wait = tries(), rng.uniform(0, 4)
             until(lambda: tries() > begun or len(known()) == 20, 60)
@@ -27641,7 +27641,7 @@ def test_a_compute_service_that_dies_during_boots_delays_only_its_own_servers(tm
             assert world.state(label) in ('degraded', 'active', 'starting')
             mend()
             until(lambda: world.state(label) == 'active', 90)
-            # Nova, started again, boots what waited, or calls it an ERROR; that is made anew.
+            # Nova, started again, starts what waited, or calls it an ERROR; that is made anew.
             made = ever_made(label)
             assert len(tagged(store)) == 8 == len(made) and sum(made.values()) <= 8 + len(stuck)
         with service_down('nova-compute-1'):  # and deletes that wait on a dead host are asked for again
@@ -28094,20 +28094,20 @@ class StandIn(Proxy):
         return (200, {'server': self.shown(server)}) if server else (404, self.refusal(404, 'Instance not found.'))
 
     def make_server(self, user, query, said):
-        wish = said['server']
-        networks = wish['networks'] if isinstance(wish['networks'], list) else []
+        spec = said['server']
+        networks = spec['networks'] if isinstance(spec['networks'], list) else []
         missing = [f'{word} {each}' for word, each, there in (
-            ('Flavor', wish['flavorRef'], self.flavors), ('Image', wish['imageRef'], {i['id'] for i in self.images}),
+            ('Flavor', spec['flavorRef'], self.flavors), ('Image', spec['imageRef'], {i['id'] for i in self.images}),
             *(('Network', each['uuid'], {n['id'] for n in self.networks}) for each in networks),
-            ('Keypair', wish.get('key_name', ''), ['', *self.keys.get(user, ())]),
+            ('Keypair', spec.get('key_name', ''), ['', *self.keys.get(user, ())]),
             *(('Security group', each['name'], {g['id'] for g in self.groups})
-              for each in wish.get('security_groups', ()))) if each not in there]
+              for each in spec.get('security_groups', ()))) if each not in there]
         if missing:
             return 400, self.refusal(400, f'{missing[0]} could not be found.')
         if self.full:
             return 403, self.refusal(403, 'Quota exceeded for instances.')
-        self.made[wish['name']] += 1
-        id = self.server(wish['name'], user, wish['tags'], 'BUILD', asked=said)
+        self.made[spec['name']] += 1
+        id = self.server(spec['name'], user, spec['tags'], 'BUILD', asked=said)
         return 202, {'server': {'id': id, 'links': []}}
 
     def delete_server(self, user, query, said, id):
@@ -28381,7 +28381,7 @@ OPEN_TO = [
 
 
 def furnish(nova):
-    """Machines that people booted by themselves, one of another cmres, one that shows no tags yet."""
+    """VMs that people started by themselves, one of another cmres, one that shows no tags yet."""
     nova.server('lab-ws'), nova.server('bio-ws', 'bio')
     nova.server('other-store', tags=['cmres-12345678', 'cmres-12345678-1-1'])
     nova.server('being-built', status='BUILD')
@@ -28697,7 +28697,7 @@ def named_as(sentence, name):
 
 
 def test_labels_of_other_projects_are_in_no_sentence(far, nova):
-    """A machine that all may name is reserved by another project, also where a series meets it."""
+    """A VM that all may name is reserved by another project, also where a series meets it."""
     furnish(nova)
     object.__setattr__(far.config, 'common_names', 'server:lab-ws')
     mallory, eva = far.as_user(*STRANGER), far.as_user('ann', 'physics')
@@ -28974,7 +28974,7 @@ def test_that_a_name_is_not_there_is_not_remembered(nova):
 
 
 def test_an_image_that_was_replaced_delays_no_start(far, nova):
-    """A machine is up, then its image is made anew under its name: the next comes up at its instant."""
+    """A VM is up, then its image is made anew under its name: the next comes up at its instant."""
     for label, start in (('first', 1), ('second', 1.05)):
         book_named(far.service, 'image', 'tiny', label=label, start=start)
         far.at(start)
@@ -29253,7 +29253,7 @@ def test_a_resize_on_the_same_host_is_a_move(scheduler, world):
     spec = spec_of(hints={})
     spec.requested_destination = Handed(cell='one')
     assert passing(scheduler, HOSTS, spec) == ['gpu-1', 'gpu-2']
-    spec.requested_destination = Handed(host='plain')  # an admin boots it there
+    spec.requested_destination = Handed(host='plain')  # an admin starts it there
     assert passing(scheduler, HOSTS[2:], spec) == ['plain', 'bare']
 
 
@@ -29288,7 +29288,7 @@ def test_without_an_answer_it_is_as_nova_conf_says(scheduler, caplog, cut_off, w
 
 
 def claimed(world, server, need='g4', project='biology', **more):
-    """What the filter is told of a server of a flavor: its hosts, or why it may not boot."""
+    """What the filter is told of a server of a flavor: its hosts, or why it may not start."""
     flavor = cmres.Simulated.FLAVORS[need]
     answer, = world.service.claim(server, ['gpu'], project, vcpus=flavor.vcpus, ram=flavor.ram, classes=dict(flavor.classes), **more)
     return answer['hosts'] if answer['passes'] else answer['why']
@@ -29598,14 +29598,14 @@ def test_who_reserves_less_keeps_the_hosts_on_which_vms_run(racks):
 def test_a_hint_leads_to_no_other_host_and_without_one_no_reservation_is_used_up(scheduler, world, monkeypatch):
     rack(world, monkeypatch, {'gpu-1': 8, 'gpu-2': 8})
     gpus(world, 'lab', 'g1', 2, start=0, affinity='apart')
-    wish = {'vcpus': 16, 'ram': 2**17, 'specs': {'resources:CUSTOM_GPU': '1'}}
-    hinted = {'hints': {'cmres': ['lab']}, **wish}
-    assert passing(scheduler, HOSTS, spec_of('s1', **hinted)) == ['gpu-1'] and passing(scheduler, HOSTS, spec_of('s2', **wish)) == ['plain', 'bare']
+    spec = {'vcpus': 16, 'ram': 2**17, 'specs': {'resources:CUSTOM_GPU': '1'}}
+    hinted = {'hints': {'cmres': ['lab']}, **spec}
+    assert passing(scheduler, HOSTS, spec_of('s1', **hinted)) == ['gpu-1'] and passing(scheduler, HOSTS, spec_of('s2', **spec)) == ['plain', 'bare']
     assert passing(scheduler, HOSTS[2:], spec_of('s3', **hinted)) == []
-    assert passing(scheduler, HOSTS[:2], spec_of('s2', **wish)) == ['gpu-2']  # there is no other host for it
+    assert passing(scheduler, HOSTS[:2], spec_of('s2', **spec)) == ['gpu-2']  # there is no other host for it
     assert passing(scheduler, HOSTS, spec_of('s4', **hinted)) == []
     scheduler.conf['without_hint'] = 'reserved'
-    assert passing(scheduler, HOSTS, spec_of('s1', **wish)) == ['gpu-1', 'plain', 'bare']
+    assert passing(scheduler, HOSTS, spec_of('s1', **spec)) == ['gpu-1', 'plain', 'bare']
 
 
 GROUPS = {None: ['gpu-1', 'gpu-1', 'gpu-2', 'gpu-2', None], 'soft-affinity': ['gpu-1', 'gpu-1', 'gpu-2', 'gpu-2', None],
@@ -29653,7 +29653,7 @@ def test_what_moves_in_from_elsewhere_counts_before_it_is_there(racks, monkeypat
 
 
 def test_what_is_in_the_way_of_a_server_that_was_moved_is_planned_anew_or_its_owner_is_told(racks, monkeypatch):
-    """By the life cycle, as that may search: two change hosts here, which no VM of theirs could do alone."""
+    """By the scheduler, as that may search: two change hosts here, which no VM of theirs could do alone."""
     seats = {}
     seated(monkeypatch, seats)
     gpus(racks, 'lab', 'g4', 1, start=0, end=9)
@@ -29833,13 +29833,13 @@ def test_a_resize_counts_once_where_it_passes_though_another_resource_refuses_it
     assert cmres.rows("SELECT vcpus FROM claim WHERE resource_id = (SELECT id FROM resource WHERE name = 'a')")[0].vcpus == 9
 
 
-@pytest.mark.parametrize('wish, number, hosts, then', [
+@pytest.mark.parametrize('spec, number, hosts, then', [
     ({'where': 'fast'}, 1, ['h2'], []), ({'affinity': 'apart'}, 2, ['h2'], [['h2']]), ({'affinity': 'together'}, 2, ['h2'], []),
     ({'affinity': 'apart'}, 2, ['h2', 'h3'], [['h2'], ['h3']]), ({}, 2, ['h2'], [['h2'], ['h2']])])
-def test_another_host_is_planned_only_as_its_owner_has_wished(world, monkeypatch, wish, number, hosts, then):
+def test_another_host_is_planned_only_as_its_owner_has_wished(world, monkeypatch, spec, number, hosts, then):
     rack(world, monkeypatch, {'h1': 8, 'h2': 8, 'h3': 8})
     world.service.host_set('h1', {'fast': 'yes'})
-    gpus(world, 'lab', 'g4', number, start=0, end=9, **wish)
+    gpus(world, 'lab', 'g4', number, start=0, end=9, **spec)
     for n, host in enumerate([*then, "no host of 'gpu' has room for it until then"][:number]):
         assert claimed(world, f's{n}', 'g4', hosts=hosts) == host
     assert world.service.check()['differences'] == 0
@@ -29894,7 +29894,7 @@ def test_a_resize_to_a_flavor_of_the_same_size_is_no_migration(racks, monkeypatc
 
 
 class PretendedNova:
-    """What Nova and Placement hold of the VMs of two projects on hosts, with cmres behind their scheduler; it asks, and boots, resizes,
+    """What Nova and Placement hold of the VMs of two projects on hosts, with cmres behind their scheduler; it asks, and starts, resizes,
     shelves and deletes as it is told, also while cmres looks at it.
     """
 
@@ -30101,7 +30101,7 @@ class Guarded:
             f"{name.rpartition('.')[2]},ServerGroupAntiAffinityFilter,ServerGroupAffinityFilter\n"
             f"[cmres]\nurl = {','.join([f'http://127.0.0.1:{self.port}', *more[:1]])}\n"
             f"token = {','.join([self.token, *more[1:]])}\nwhen_down = {when_down}\n"
-            'without_hint = reserved\ntimeout = 10\n')  # the machine of the lab may be busy
+            'without_hint = reserved\ntimeout = 10\n')  # the VM of the lab may be busy
         self.restart(LAB_NOVA_EXTRA_CONF=str(self.folder / 'nova.conf'), LAB_NOVA_PYTHONPATH=str(filters))
 
     def restart(self, **settings):
@@ -30116,7 +30116,7 @@ class Guarded:
                 (admin.enable_service if wanted else admin.disable_service)(each, each.host, 'nova-compute')
 
     def boots(self, user='lab-user', number=1, label='', multi=1, flavor='m1.tiny') -> list[str]:
-        """Boots machines by hand: 'guarded' or 'elsewhere' for each that came up, 'refused' for the others."""
+        """Boots VMs by hand: 'guarded' or 'elsewhere' for each that came up, 'refused' for the others."""
         return sorted('refused' if each.status == 'ERROR' else 'guarded' if each.compute_host in self.hosts else 'elsewhere'
                       for each in self.booted(user, number, label, multi, flavor))
 
@@ -30124,10 +30124,10 @@ class Guarded:
         compute, flavor = sdk(user).compute, sdk(user).compute.find_flavor(flavor, ignore_missing=False).id
         image, name = sdk(user).image.find_image('tiny', ignore_missing=False).id, unique('by-hand-')
         hints = (hints or {}) | ({'cmres': label} if label else {'group': group} if group else {})
-        wish = {'name': name, 'flavor_id': flavor, 'image_id': image, 'networks': 'none', 'min_count': multi,
+        spec = {'name': name, 'flavor_id': flavor, 'image_id': image, 'networks': 'none', 'min_count': multi,
                 'max_count': multi} | ({'scheduler_hints': hints} if hints else {})
         with ThreadPoolExecutor(number) as pool:
-            list(pool.map(lambda _: compute.create_server(**wish), range(number)))
+            list(pool.map(lambda _: compute.create_server(**spec), range(number)))
         admin = sdk('lab-admin').compute
 
         def settled():
@@ -30136,7 +30136,7 @@ class Guarded:
         return until(settled)
 
     def clear(self):
-        """Deletes all that was booted by hand, and waits until cmres counts it no more."""
+        """Deletes all that was started by hand, and waits until cmres counts it no more."""
         for user in self.users.values():
             for each in sdk(user).compute.servers():
                 sdk(user).compute.delete_server(each, ignore_missing=True)
@@ -30181,7 +30181,7 @@ class TestNovaAsks:
 
     @pytest.fixture
     def only(self, guarded):
-        """With no other host to boot on than the guarded ones; what was booted and reserved goes at the end."""
+        """With no other host to start on than the guarded ones; what was started and reserved goes at the end."""
         guarded.others_enabled(False)
         yield guarded
         guarded.others_enabled(True)
@@ -30372,7 +30372,7 @@ class TestWaysRound:
         return until(settled)
 
     def keeps(self, only, number, seen=True):
-        """That who has reserved still finds a host for each: the rest boots, and no more."""
+        """That who has reserved still finds a host for each: the rest starts, and no more."""
         until(lambda: not cmres.rows("SELECT id FROM claim WHERE due IS NOT NULL AND (host = '' OR twice)"))
         assert ('' in self.where(only, number)) != seen
         assert self.where(only) == [''], 'there is more than was reserved'
@@ -31387,7 +31387,7 @@ def test_who_has_reserved_vcpus_without_a_flavor_boots_on_them_when_all_is_reser
 @openstack
 @real
 def test_a_lease_on_the_lab_lends_a_flavor_while_it_is_active(lab):
-    """Blazar's habit: whoever has reserved boots with the id of the reservation as flavor, and nobody else."""
+    """Blazar's habit: whoever has reserved starts with the id of the reservation as flavor, and nobody else."""
     admin, user, name = sdk('lab-admin').compute, sdk('lab-user2'), unique('cmres')
     aggregate, server = admin.create_aggregate(name=name), None
     try:
@@ -31445,7 +31445,7 @@ def test_leases_of_another_project_of_the_lab_are_forbidden(lab):
 @openstack
 @real
 def test_a_lease_on_the_lab_has_a_server_group_for_its_affinity(lab):
-    """In the project of who reserved: their VMs boot apart in it, and it is gone with the lease."""
+    """In the project of who reserved: their VMs start apart in it, and it is gone with the lease."""
     admin, user, name, servers = sdk('lab-admin').compute, sdk('lab-user2'), unique('cmres'), []
     aggregate = admin.create_aggregate(name=name)
     lab.config.take(keystone=ACCOUNT, credentials={f'{user.current_project_id}@lab-admin': 'lab-user2'})
@@ -31709,7 +31709,7 @@ SCENARIOS = ['reservation_concurrency', 'flavor_reservation', 'host_reservation'
 @inlab
 @pytest.mark.skipif(not TEMPEST.exists(), reason='needs tempest, from make test-openstack')
 def test_tempests_scenarios_of_blazar_pass(tmp_path):
-    """Who has reserved boots by the flavor of their reservation, nobody boots more or otherwise, and all goes with the lease."""
+    """Who has reserved starts by the flavor of their reservation, nobody starts more or otherwise, and all goes with the lease."""
     first, admin = FirstHost(tmp_path), sdk('lab-admin')
     try:
         first.schedule()
@@ -31813,7 +31813,7 @@ def test_horizons_panel_lists_makes_shows_changes_and_ends_leases(tmp_path, serv
 # Benchmarks ##################################################################
 #
 # Each figure is a ratio to the least that could be done, measured by turns in one run on the same
-# files: other load on the machine hits both sides alike.
+# files: other load on the VM hits both sides alike.
 
 
 def by_turns(repeat: int, *actions) -> list[float]:
@@ -32244,13 +32244,13 @@ def bench_waiting(folder: Path) -> None:
             world.service.load([{'label': f'w{n}', 'resource': 'full', 'start': cmres.to_plain(NOON + hours(2 + n % 5000)), 'end': '+1h',
                                  'wait': True} for n in range(waits)])
             for _ in range(100):  # all of them have been looked at once
-                world.cycle.converge(world.now)
+                world.cycle.reconcile(world.now)
     seen = collections.defaultdict(list)
     for turn, waits in itertools.product(range(60), worlds):
         world = worlds[waits]
         cmres.open_store(world.config.database)
         for name, deed in (('add elsewhere', lambda: world.service.add(f'n{turn}', 'place-3', NOON + hours(turn), hours(1))),
-                           ('a pass', lambda: world.cycle.converge(world.now))):
+                           ('a pass', lambda: world.cycle.reconcile(world.now))):
             began = time.process_time()
             deed()
             seen[name, waits].append(time.process_time() - began)
@@ -32306,7 +32306,7 @@ class InMemory(cmres.Simulated):
 
     def boot(self, machine):
         time.sleep(self.config.simulated_latency)
-        self.made[machine.mark] = cmres.Seen(machine.mark, machine.mark, 'active', self.clock())
+        self.made[machine.mark] = cmres.ServerStatus(machine.mark, machine.mark, 'active', self.clock())
         return machine.mark
 
     def servers(self):
@@ -32333,7 +32333,7 @@ def bench_starts(folder: Path) -> None:
             service.add(f'r{n}', 'demo', start, hours(1), vms=100, flavor='m1.tiny', image='cirros')
         if hanging:
             service.add('hangs', 'other', start, hours(1), vms=200, flavor='m1.tiny', image='cirros')
-        cycle = cmres.LifeCycle(config, clouds)
+        cycle = cmres.Scheduler(config, clouds)
         thread = threading.Thread(target=cycle.run, args=(stop,))
         thread.start()
         ours = "FROM server WHERE account = 'simulated'"
@@ -32348,7 +32348,7 @@ def bench_starts(folder: Path) -> None:
 
 
 def bench_idle(folder: Path) -> None:
-    """The processor time of a scheduler that has nothing to do, and of one that watches machines that are up."""
+    """The processor time of a scheduler that has nothing to do, and of one that watches VMs that are up."""
     for number in (0, 100):
         path = folder / str(number)
         path.mkdir()
@@ -32838,7 +32838,7 @@ def bench_admission(folder: Path) -> None:
         (made := folder / f'{hosts}-{number}').mkdir()
         world, dice = World(made), random.Random(2)
         with pytest.MonkeyPatch.context() as patch, timing_searches() as seconds:
-            patch.setattr(cmres.Offers, 'explaining', lambda *args, **more: contextlib.nullcontext())
+            patch.setattr(cmres.Offers, 'with_suggestions', lambda *args, **more: contextlib.nullcontext())
             until, eva, spent = crowd(world, patch, hosts, number), world.as_user(), {'gpu': [], 'sum': []}
 
             def add(place, vms, flavor, length) -> bool:
@@ -32857,7 +32857,7 @@ def bench_admission(folder: Path) -> None:
             show(f'add on {hosts} hosts, {number} reservations, as by the sum', ours, theirs)
             eva.add('now', 'gpu', NOON + hours(90_000), hours(9), 64, 'g1')
             world.now = (NOON + hours(90_001)).timestamp()
-            cmres.run('UPDATE occurrence SET due = NULL WHERE "end" <= ?', int(world.now))  # the life cycle has seen its end
+            cmres.run('UPDATE occurrence SET due = NULL WHERE "end" <= ?', int(world.now))  # the scheduler has seen its end
             names, began = [f'h{n}' for n in range(hosts)], time.thread_time()
             for n in range(64):
                 answer, = world.service.claim(f's{n}', ['gpu'], 'biology', 'eva', 16, 2**17, {'CUSTOM_GPU': 1}, hosts=names)
