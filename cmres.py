@@ -675,7 +675,7 @@ class Segment(NamedTuple):
     dates: tuple = ()  # RDATE: further slots; with /SECONDS, of another length
     skips: tuple = ()  # EXDATE: slots, or days, without an occurrence
     since: str = ''    # slots from then on ...
-    until: str = ''    # ... to before then belong to this stretch
+    until: str = ''    # ... to before then belong to this segment
     shift: int = 0     # how much later than its slot each occurrence starts
     moved: dict = {}   # slot: (local time, length, vms, exact) of those that are otherwise
     # elapsed seconds from the end of `length` on: what clocks show of them may differ
@@ -10992,7 +10992,7 @@ LONG_TEXTS = ('user_data', 'description', 'metadata')
 OWN = frozenset(('resource', 'start', 'end', 'vms'))
 #: What of a spec is kept in columns of its reservation.
 STORED = tuple(name for name in Spec._fields
-               if name not in (*OWN, 'stretches', 'each', 'warnings', 'whole'))
+               if name not in (*OWN, 'segments', 'each', 'warnings', 'whole'))
 #: What needs more or less capacity, or other one, when it changes.
 SHAPE = OWN | {'repeat', 'until', 'count', 'skip_dates', 'holidays', 'flavor', 'image', 'host',
                'affinity', 'where', 'lead', 'on_conflict', 'at_end', 'calendar'}
