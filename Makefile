@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-MARKERS = "markers=openstack: needs a cloud, named by OS_CLOUD$$(printf '\n%s' 'clients: needs programs of others' 'sqlite: asks for what only a file has')"
+MARKERS = "markers=openstack: needs a cloud, named by OS_CLOUD$$(printf '\n%s' 'clients: needs programs of others' 'browser: drives a browser' 'sqlite: asks for what only a file has')"
 # compiled once, also where Python is told to keep nothing, and not by each program that is tested
 PYTEST  = $(BIN)/python -m py_compile cmres.py cmres_test.py && $(BIN)/python -m pytest -q -o $(MARKERS)
 
@@ -13,8 +13,8 @@ help:            ## show this
 serve: $(VENV)/cmres $(BIN)/cmres $(if $(findstring postgres,$(DATABASE)),$(VENV)/psycopg)   ## serve the page and REST, and run the scheduler, on 127.0.0.1:8080
 	$(if $(DATABASE),CMRES_DATABASE='$(DATABASE)') $(BIN)/python cmres.py serve
 
-test: $(VENV)/cmres_test   ## run all tests that need no cloud
-	$(PYTEST) --assert=plain -n 6 --dist worksteal -m 'not openstack and not clients' cmres_test.py  # more than cores: many wait
+test: $(VENV)/cmres_test   ## run all tests that need no cloud, no browser and no programs of others
+	$(PYTEST) --assert=plain -n 6 --dist worksteal -m 'not openstack and not clients and not browser' cmres_test.py  # more than cores: many wait
 
 test-postgres: $(VENV)/cmres_test $(VENV)/psycopg   ## run the same tests on PostgreSQL, which they start themselves
 	export STORE_ENGINE=postgresql; $(PYTEST) --assert=plain -n $(or $(WORKERS),4) --dist worksteal -m 'not openstack and not clients and not sqlite' $(if $(ONLY),-k '$(ONLY)') cmres_test.py
@@ -22,8 +22,9 @@ test-postgres: $(VENV)/cmres_test $(VENV)/psycopg   ## run the same tests on Pos
 test-openstack: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/horizon/done $(VENV)-clients/tempest/done   ## run the tests for a real OpenStack, on the cloud OS_CLOUD
 	export CLIENTS=$(abspath $(VENV)-clients)/bin; $(PYTEST) -p no:warnings --tb short --maxfail 8 -m openstack cmres_test.py  # one host that is dead fails them all
 
-test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with the programs of others: Blazar's, calendars
+test-clients: $(VENV)/cmres_test $(VENV)-clients/done $(VENV)-clients/caldav/done   ## run the tests with a browser and the programs of others: Blazar's, calendars
 	export CLIENTS=$(abspath $(VENV)-clients)/bin; $(PYTEST) -m clients cmres_test.py
+	$(PYTEST) --assert=plain -n 3 --dist worksteal -m browser cmres_test.py
 
 stress: $(VENV)/cmres_test $(VENV)/psycopg   ## on both engines, let 64 clients reserve 100000 times, and kill what can be killed 100 times
 	$(BIN)/python cmres_test.py stress ruin

@@ -22541,6 +22541,7 @@ def signs_in(world, page, user='eva', project='biology', role='user', path='/'):
     page.goto(path)
 
 
+@pytest.mark.browser
 def test_in_a_browser_from_signing_in_to_signing_out(world, browse):
     """Book by dragging, watch VMs start, extend, cancel."""
     from playwright.sync_api import expect
@@ -22581,6 +22582,7 @@ def test_in_a_browser_from_signing_in_to_signing_out(world, browse):
     expect(page.get_by_label('Token')).to_be_visible()
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_refusal_offers_slots_and_one_is_taken(world, browse):
     from playwright.sync_api import expect
     book(world.service, 'full', start=20, end=24, vms=10)
@@ -22598,6 +22600,7 @@ def test_in_a_browser_a_refusal_offers_slots_and_one_is_taken(world, browse):
     assert world.service.show('lab')['start'] == NOON + hours(24)
 
 
+@pytest.mark.browser
 def test_in_a_browser_times_are_local_and_a_day_can_be_clicked(world, browse):
     from playwright.sync_api import expect
     page = browse(timezone_id='America/Chicago')
@@ -22612,6 +22615,7 @@ def test_in_a_browser_times_are_local_and_a_day_can_be_clicked(world, browse):
     expect(page.locator('#live')).to_contain_text('Wed 2 Dec 2026, 13:00')
 
 
+@pytest.mark.browser
 def test_in_a_browser_without_scripts_one_can_look_and_book(world, browse):
     page = browse(java_script_enabled=False)
     signs_in(world, page)
@@ -22625,6 +22629,7 @@ def test_in_a_browser_without_scripts_one_can_look_and_book(world, browse):
     assert world.state('lab') == 'reserved'
 
 
+@pytest.mark.browser
 def test_in_a_browser_everything_can_be_done_by_keyboard(world, browse):
     page = browse()
     signs_in(world, page)
@@ -22649,6 +22654,7 @@ def test_in_a_browser_everything_can_be_done_by_keyboard(world, browse):
     page.get_by_role('heading', name='lab').wait_for()
 
 
+@pytest.mark.browser
 def test_in_a_browser_days_that_are_dragged_over_are_days_also_where_clocks_change(world, browse):
     page = browse(timezone_id='Europe/Paris')
     signs_in(world, page, path='/?view=month&at=2027-03-10')
@@ -22656,6 +22662,7 @@ def test_in_a_browser_days_that_are_dragged_over_are_days_also_where_clocks_chan
     page.get_by_text('Mon 29 Mar 2027, 00:00 to Wed 31 Mar 2027, 00:00').wait_for()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize('one, other', [(9, 11), (11, 9)])
 def test_in_a_browser_one_can_drag_both_ways(world, browse, one, other):
     from playwright.sync_api import expect
@@ -22665,6 +22672,7 @@ def test_in_a_browser_one_can_drag_both_ways(world, browse, one, other):
     expect(page.locator('.pop')).to_contain_text('Thu 3 Dec 2026, 09:00 to 11:00')
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_click_in_a_week_means_that_hour(world, browse):
     page = browse()
     signs_in(world, page)
@@ -22673,6 +22681,7 @@ def test_in_a_browser_a_click_in_a_week_means_that_hour(world, browse):
     page.get_by_text('Thu 3 Dec 2026, 14:00 to 15:00').wait_for()
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_check_that_fails_leaves_no_old_verdict(world, browse):
     from playwright.sync_api import expect
     page = browse()
@@ -22681,6 +22690,7 @@ def test_in_a_browser_a_check_that_fails_leaves_no_old_verdict(world, browse):
     expect(page.locator('#verdict')).to_contain_text("From: '3026-12-05T09:00' is not between the years 1970 and 2199")
 
 
+@pytest.mark.browser
 def test_in_a_browser_live_pages_leave_the_focus_where_it_is(world, browse):
     book(world.as_user(), 'class', start=10, end=11, repeat='daily', count=4)
     page = browse()
@@ -22692,6 +22702,7 @@ def test_in_a_browser_live_pages_leave_the_focus_where_it_is(world, browse):
     assert page.evaluate('document.activeElement.tagName') == 'A'
 
 
+@pytest.mark.browser
 def test_in_a_browser_buttons_are_those_of_the_state_that_is_shown(world, browse):
     from playwright.sync_api import expect
     book(world.as_user(), start=1, end=2)
@@ -22702,6 +22713,7 @@ def test_in_a_browser_buttons_are_those_of_the_state_that_is_shown(world, browse
     assert [each.inner_text() for each in page.locator('form.deed button').all()] == []
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_shade_goes_when_nothing_was_dragged_over(world, browse):
     page = browse()
     signs_in(world, page)
@@ -22714,6 +22726,7 @@ def test_in_a_browser_a_shade_goes_when_nothing_was_dragged_over(world, browse):
     assert page.locator('.drag').get_attribute('width') in ('0', '0%')
 
 
+@pytest.mark.browser
 def test_in_a_browser_flavors_are_those_of_the_chosen_resource(world, browse):
     world.service.resource_add('bare', vms=4)  # on no cloud: there are no flavors
     from playwright.sync_api import expect
@@ -22726,6 +22739,7 @@ def test_in_a_browser_flavors_are_those_of_the_chosen_resource(world, browse):
     expect(flavors).to_have_count(0)
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_change_is_checked_and_stays_one_on_another_resource(world, browse):
     from playwright.sync_api import expect
     world.service.resource_add('bare', vms=4)
@@ -22742,6 +22756,7 @@ def test_in_a_browser_a_change_is_checked_and_stays_one_on_another_resource(worl
     assert world.service.show('lab')['resource'] == 'demo'
 
 
+@pytest.mark.browser
 def test_in_a_browser_the_script_runs_on_a_form_without_a_resource(world, browse):
     from playwright.sync_api import expect
     book(world.as_user(), start=0, end=5, flavor='m1.small', image='cirros')
@@ -22752,6 +22767,7 @@ def test_in_a_browser_the_script_runs_on_a_form_without_a_resource(world, browse
     expect(page.locator('#verdict')).to_contain_text("'demo' has 16 VMs in total")
 
 
+@pytest.mark.browser
 def test_in_a_browser_an_end_that_is_dragged_before_the_start_stays_behind_it(world, browse):
     from playwright.sync_api import expect
     book(world.as_user(), start=24 - 2, end=24 + 5)  # Wed 2 Dec, 10 to 17
@@ -22767,6 +22783,7 @@ def test_in_a_browser_an_end_that_is_dragged_before_the_start_stays_behind_it(wo
     assert world.service.show('lab')['end'] == NOON + hours(22.25)
 
 
+@pytest.mark.browser
 def test_in_a_browser_long_names_fit_a_phone(world, browse):
     world.service.resource_add('n' * 64, cloud='c' * 60, region='r' * 60, vms=1_000_000)
     page = browse(width=360)
@@ -22774,6 +22791,7 @@ def test_in_a_browser_long_names_fit_a_phone(world, browse):
     accessible(page)
 
 
+@pytest.mark.browser
 def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
     """axe on every page, wide and narrow, light and dark, with reservations in every state, and hostile text in them."""
     def looked_at(page, number=0):
@@ -22811,6 +22829,7 @@ def test_in_a_browser_no_page_keeps_anybody_out(world, browse):
     assert 'status of 404' in page.faults.pop()
 
 
+@pytest.mark.browser
 def test_in_a_browser_ones_own_bar_is_dragged_tried_and_taken_back(world, browse):
     from playwright.sync_api import expect
     book(world.as_user(), start=24 - 2, end=24, vms=8)  # Wed 2 Dec, 10 to 12
@@ -22852,6 +22871,7 @@ def test_in_a_browser_ones_own_bar_is_dragged_tried_and_taken_back(world, browse
     assert world.service.show('lab')['end'] == NOON + hours(25)
 
 
+@pytest.mark.browser
 def test_in_a_browser_what_runs_is_made_longer_by_its_end_whatever_second_it_began(world, browse):
     from playwright.sync_api import expect
     start = NOON + timedelta(seconds=55)
@@ -22870,6 +22890,7 @@ def test_in_a_browser_what_runs_is_made_longer_by_its_end_whatever_second_it_beg
     assert found['start'] == start and found['end'] > start + hours(4)
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_finger_that_rests_drags_and_one_that_moves_scrolls(world, browse):
     from playwright.sync_api import expect
     book(world.as_user(), start=24 - 2, end=24 + 4, vms=8)  # Wed 2 Dec, 10 to 16
@@ -22905,6 +22926,7 @@ def test_in_a_browser_a_finger_that_rests_drags_and_one_that_moves_scrolls(world
     assert page.locator('.drag').first.get_attribute('width') in ('0', '0%')
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_row_is_one_tab_stop_and_arrows_go_from_bar_to_bar(world, browse):
     from playwright.sync_api import expect
     for n in range(3):
@@ -22935,6 +22957,7 @@ def test_in_a_browser_a_row_is_one_tab_stop_and_arrows_go_from_bar_to_bar(world,
     expect(page.get_by_role('heading', name='typed')).to_be_visible()
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_refusal_has_the_focus_and_a_link_signs_in(world, browse):
     page = browse()
     token = world.service.token_add('eva', 'biology')['token']
@@ -22949,6 +22972,7 @@ def test_in_a_browser_a_refusal_has_the_focus_and_a_link_signs_in(world, browse)
     assert 'status of 400' in page.faults.pop()
 
 
+@pytest.mark.browser
 def test_in_a_browser_a_shared_page_keeps_nobody_out(world, browse):
     book(world.as_user(), flavor='m1.small', image='cirros', vms=2)
     visitor = as_visitor(world)
