@@ -20526,7 +20526,9 @@ def rule(operation: Operation, path: str) -> str:
         if each.annotation is int:
             path = path.replace(f'<{name}>', f'<{name}:re:[+-]?[0-9]+>')
         elif path.endswith(f'/<{name}>'):
-            path = path.replace(f'<{name}>', f'<{name}:re:(?!(?:{"|".join(TAKEN)})$)[^/]+>')
+            # names of others may have any letter
+            some = '.+' if each.annotation is Name else '[^/]+'
+            path = path.replace(f'<{name}>', f'<{name}:re:(?!(?:{"|".join(TAKEN)})$){some}>')
     return (BASE + path).rstrip('/')
 
 

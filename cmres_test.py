@@ -18851,6 +18851,12 @@ def test_who_leaves_has_no_token_no_cookie_no_feed_and_no_subscription(tmp_path)
     cmres.close_store()
 
 
+def test_a_user_whose_name_has_a_slash_ends_by_rest(app):
+    app.as_user('physics/eva')
+    assert app.call('DELETE', '/user/physics%2Feva').json == {'user': 'physics/eva', 'tokens': 1}
+    assert "'physics/eva' has no active token" in app.call('DELETE', '/user/physics%2Feva', status=404).json['error']
+
+
 @pytest.mark.parametrize('what, make', [
     ('tokens', lambda service, n: service.token_add()),
     ('feeds', lambda service, n: service.calendar_feed()),
