@@ -12382,6 +12382,7 @@ class Bounded(NamedTuple):
       others: the other occurrences of its series as they will be
       own: its reservation
       handed: it is as it was, but of somebody else
+      was: when it was to start before, also if it only waited for that
     """
     limit: Any
     spec: Spec
@@ -12391,6 +12392,7 @@ class Bounded(NamedTuple):
     own: int
     config: Config
     handed: bool
+    was: int | None
 
     def duration(self, most: int) -> tuple[bool, str]:
         length = self.spec.end - self.spec.start
@@ -12413,8 +12415,8 @@ class Bounded(NamedTuple):
 
     @property
     def stays(self) -> bool:
-        """Whether it starts when it did before."""
-        return bool(self.old) and self.spec.start == self.old.start
+        """Whether it starts when it was to start before."""
+        return self.spec.start == self.was
 
     @property
     def within(self) -> bool:
@@ -12537,7 +12539,7 @@ class Limits:
             yield On.COUNTED, '/'.join(counts_for(limit, spec))
 
     def refuse_beyond(self, spec: Spec, now: float, old=None, others: Others | None = None,
-                      own: int = 0, handed: bool = False) -> None:
+                      own: int = 0, handed: bool = False, was: int | None = None) -> None:
         """Refuses what goes beyond a limit; inside the transaction that would admit it; what else
         it is given says Bounded."""
         if not standing().limits:
@@ -12548,7 +12550,7 @@ class Limits:
             has_counted = handed and not limit.user  # and goes on to count for the same
             if not has_counted and (begun or not self.is_exempt(limit, spec, now)):
                 self.refuse(Bounded(limit, spec, int(now), old, others, own, self.service.config,
-                                    handed))
+                                    handed, was))
 
     def is_exempt(self, limit, spec: Spec, now: float) -> bool:
         """Whether a spec begins, and is over, so soon that a limit doesn't bind it."""
@@ -12787,7 +12789,9 @@ class Policy:
 
     def refuse_unlimited(self, change: Change, view: View) -> None:
         """Refuses what goes beyond a limit."""
-        self.limits.refuse_beyond(change.after, view.now, change.known, view.others, view.own)
+        there = change.before and change.before.cancelled is None
+        self.limits.refuse_beyond(change.after, view.now, change.known, view.others, view.own,
+                                  was=change.before.start if there else None)
 
     def refuse_never_fitting(self, change: Change, view: View) -> None:
         """Refuses to wait for what there will never be."""
@@ -12921,7 +12925,7 @@ class Policy:
             one = spec._replace(start=each.start, end=each.end, lead=each.start - each.held_from,
                                 resource=resource_of(each.resource_id, removed=True),
                                 vms=each.vms, whole=amount_of(each))
-            self.limits.refuse_beyond(one, now, each, others, old.reservation, handed=True)
+            self.limits.refuse_beyond(one, now, each, others, old.reservation, True, each.start)
             others.put(each.slot, [hold_of(each)], each.start)
 
     def refuse_fixed(self, deal: Deal, now: float) -> None:

@@ -18857,6 +18857,19 @@ def test_a_user_whose_name_has_a_slash_ends_by_rest(app):
     assert "'physics/eva' has no active token" in app.call('DELETE', '/user/physics%2Feva', status=404).json['error']
 
 
+def test_who_asked_in_time_is_admitted_from_the_waiting_list_also_shortly_before_the_start(world):
+    world.service.limit_add(project='biology', min_notice=hours(1))
+    book(world.service, 'full', 2, 4, vms=16)
+    eva = world.as_user()
+    assert book(eva, 'mine', 2, 4, wait=True)['state'] == 'waiting'
+    world.at(1.5)
+    world.service.delete('full')
+    world.cycle.settle()
+    assert world.state('mine') == 'reserved'
+    with pytest.raises(Conflict, match='must reserve at least 1h before the start'):
+        book(eva, 'late', 2, 4)
+
+
 @pytest.mark.parametrize('what, make', [
     ('tokens', lambda service, n: service.token_add()),
     ('feeds', lambda service, n: service.calendar_feed()),
