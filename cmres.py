@@ -11415,7 +11415,9 @@ class Lookup:
     def visible(self, project: str = '') -> list:
         """The conditions that keep an actor to what is theirs, and to a project."""
         actor = self.service.actor
-        one = 'EXISTS (SELECT 1 FROM occurrence WHERE reservation_id = r.id AND resource_id = ?)'
+        # who may change one resource alone must not change what is elsewhere with it
+        one = ('(SELECT iif(min(resource_id) = max(resource_id), min(resource_id), 0) '
+               'FROM occurrence WHERE reservation_id = r.id) = ?')
         conditions = [('r.project = ?', actor.confined_to), (one, actor.resource),
                       ('r.project = ?', project or None)]
         return [each for each in conditions if each[1] is not None]

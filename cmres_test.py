@@ -18816,6 +18816,11 @@ def test_a_token_for_one_resource_sees_and_changes_that_alone(world):
         assert 'This token is only for' in one.call(verb, path, body, status=403).json['error']
     for verb, path in (('DELETE', '/reservation/there'), ('GET', '/reservation/there/show')):
         one.call(verb, path, status=404)
+    book(service, 'both', 30, 31, 'india', repeat='daily', count=3)  # a series of which one is there alone
+    service.update('both', resource='demo', following=True, occurrence=service.show('both')['occurrences'][1]['start'])
+    assert {each['resource'] for each in service.show('both')['occurrences']} == {'india', 'demo'}
+    for verb, path in (('DELETE', '/reservation/both'), ('GET', '/reservation/both/show')):
+        one.call(verb, path, status=404)
     service.resource_update('india', rename='bharat')
     assert service.token_list()[-1]['resource'] == 'bharat'
     assert [each['name'] for each in one.call('GET', '/resource/').json] == ['bharat']
