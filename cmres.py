@@ -18720,6 +18720,7 @@ class Post:
 # at all that runs there: piece by piece, those first that have started last.
 
 MOST_PLANNED = 50  # in one transaction
+PLANNED_AGAIN = 60  # seconds after which one is tried again that could not be planned
 
 
 class Planner:
@@ -18745,8 +18746,19 @@ class Planner:
             found = [each for each in those_due('occurrence', due, now, *there, 1000)
                      if not is_aside(each.reservation_id)][:MOST_PLANNED]
             for occurrence in found:
-                Planning(self.workers, occurrence, now).plan()
+                self.plan_alone(occurrence, now)
         return len(found) == MOST_PLANNED
+
+    def plan_alone(self, occurrence, now: float) -> None:
+        """Plans one occurrence; if it can't be planned, the others are, and it is tried again."""
+        try:
+            with Attempt():
+                Planning(self.workers, occurrence, now).plan()
+        except (*STORE_ERRORS, LostLeadership):
+            raise
+        except Exception:  # of any kind: others wait for their VMs
+            log.exception('an occurrence of %s could not be planned', occurrence.label)
+            change(Occurrence, occurrence.id, due=now + PLANNED_AGAIN)
 
 
 class Planning:
@@ -19704,7 +19716,7 @@ class Reconciler:
 
 
 class Scheduler:
-    """Boots what has begun, ends what is over, and looks whether it is so, by the clocks that
+    """Starts what has begun, ends what is over, and looks whether it is so, by the clocks that
     `Clocks` takes."""
 
     def __init__(self, config: Config, clouds: Clouds, clock: Callable[[], float] = time.time,
@@ -19759,14 +19771,23 @@ class Scheduler:
     def work(self, now: float, acts_for_none: bool) -> None:
         """What is due: who waits and what goes, then what VMs need, then the calls for that."""
         if acts_for_none:
-            self.goes_on |= self.serve_waiting_list(now)
-            self.goes_on |= self.drop_staged(now)
-            self.do_later(now)
+            for part in self.serve_waiting_list, self.drop_staged, self.do_later:
+                self.goes_on |= bool(self.alone(part, now))
         self.goes_on |= self.planner.plan(now)
         self.lead(self.clocks.clock())  # all that may have taken long
         self.dispatcher.call(now)
         self.lender.lend(now)
         self.soonest, self.seen = self.next_due(now), None
+
+    def alone(self, part: Callable[[float], bool | None], now: float) -> bool | None:
+        """Does a part of a pass; if it fails, the others are done all the same."""
+        try:
+            return part(now)
+        except (*STORE_ERRORS, LostLeadership):
+            raise
+        except Exception:  # of any kind: people wait for VMs
+            log.exception('%s failed; the next run tries it again', part.__name__)
+            return False
 
     def settle(self) -> bool:
         """Passes until no call is under way: what `tick` does; false if another scheduler acts."""

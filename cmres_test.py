@@ -17572,6 +17572,36 @@ def in_thread(cycle, run=None):
         assert not thread.is_alive()
 
 
+def test_what_cannot_be_planned_keeps_nobody_else_from_vms(world, monkeypatch, caplog):
+    plan = cmres.Planning.plan
+
+    def fails(planning):
+        plan(planning)
+        if planning.occurrence.label == 'bad':
+            raise ValueError('a bug')
+    monkeypatch.setattr(cmres.Planning, 'plan', fails)
+    for label in 'bad', 'good':
+        boot(world, label, vms=1)
+    world.at(1)
+    assert len(world.there()) == 1 and 'an occurrence of bad could not be planned' in caplog.text
+    monkeypatch.undo()
+    world.at(1 + cmres.PLANNED_AGAIN / 3600)
+    assert len(world.there()) == 2
+
+
+@pytest.mark.parametrize('part', ['serve_waiting_list', 'drop_staged', 'do_later'])
+def test_a_part_of_a_pass_that_fails_keeps_no_vms_from_starting(tmp_path, part, monkeypatch, caplog):
+    def fails(scheduler, now):
+        raise ValueError('a bug')
+    fails.__name__ = part
+    monkeypatch.setattr(cmres.Scheduler, part, fails)
+    world = World(tmp_path)
+    boot(world)
+    world.at(1)
+    assert world.there() and f'{part} failed' in caplog.text
+    cmres.close_store()
+
+
 @pytest.mark.parametrize('error', [peewee.OperationalError('disk I/O error'), ValueError('a bug'),
                                    cmres.LostLeadership('lost')], ids=repr)
 @pytest.mark.parametrize('where', ['sweep', 'rest', 'reconcile', 'next_due', 'wait_for_calls', 'hand_over'])
