@@ -16060,11 +16060,11 @@ class Plan(Operations):
     @api('GET', '/maintenance/')
     def maintenance_list(self, resource: Label = '') -> list[MaintenanceAnswer]:
         """Lists current and future maintenances and other capacity changes."""
+        where = [('s.id = ?', self.look.resource_row(resource).id)] if resource else []
         found = rows('SELECT c.id, s.name AS resource, c.start, c.end, c.vms, c.vcpus, c.ram, '
                      'c.classes, c.host, c.reason FROM capacity c '
                      'JOIN resource s ON s.id = c.resource_id WHERE c.removed IS NULL AND c.end > ?'
-                     f"{' AND s.name = ?' if resource else ''} ORDER BY c.start", int(self.clock()),
-                     *([resource] if resource else []))
+                     f'{all_of(where)} ORDER BY c.start', int(self.clock()), *given(where))
         lines = [public(each) for each in found]
         for line in lines:
             line['classes'].pop(CLOSED, None)
@@ -22696,7 +22696,9 @@ class Folder:
         head = re.escape(f'urn:cmres:sync:{self.acting.clouds.store}:{self.id}:')
         found = re.fullmatch(head + r'(\d{1,15}):(\d{1,15})', token)
         numbers = tuple(map(int, found.groups())) if found else (-1, 0)
-        if not int(fact(FORGOTTEN) or 0) <= numbers[0] <= self.newest:
+        first, = run('SELECT min(id) FROM event').fetchone()  # older ones are forgotten
+        missed = self.acting.config.caldav_busy and numbers[1] < (first or 0) - 1
+        if missed or not int(fact(FORGOTTEN) or 0) <= numbers[0] <= self.newest:
             raise Refused('D:valid-sync-token', 'this token is not of this calendar, or is '
                           'too old. Ask without a token for all that is there')
         return numbers

@@ -11151,6 +11151,8 @@ def test_a_maintenance_is_listed_until_it_is_over_or_called_off(world):
     assert [each['id'] for each in world.as_user().maintenance_list()] == [one, two]
     world.at(2)
     assert [each['reason'] for each in world.service.maintenance_list('demo')] == ['maintenance']
+    with pytest.raises(NotFound, match="There is no resource 'dmo'. Did you mean 'demo'"):
+        world.service.maintenance_list('dmo')
     world.service.maintenance_delete(two)
     assert world.service.maintenance_list() == [] and world.service.check()['differences'] == 0
     book(world.service, start=3, end=4, vms=16)
@@ -20511,6 +20513,11 @@ def test_what_others_have_reserved_is_shown_as_busy_where_that_is_set(dav, world
     book(world.as_user('max'), 'ours', 2, 4)
     (name,) = dav.changes(token)[1]
     assert 'busy' in dav.get(name[:-4]) and 'ours' not in dav.get(name[:-4])  # of another user of the project
+    cmres.run('DELETE FROM event WHERE id <= ?', cmres.newest_event() - 1)  # as when they are long past
+    for early in token, f"{token.rpartition(':')[0]}:1":
+        body = f'<D:sync-collection xmlns:D="DAV:"><D:sync-token>{early}</D:sync-token><D:prop/></D:sync-collection>'
+        told = dav.ask('REPORT', 'demo/', body, status=403 if early != token else 207)
+        assert ('valid-sync-token' in told.text) == (early != token)
 
 
 def test_a_calendar_takes_so_many_events(dav, world):
