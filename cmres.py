@@ -10863,8 +10863,8 @@ def restored_spec(text: str) -> Spec:
     for name in ('each', 'whole'):
         *figures, classes = values[name] or [None]
         values[name] = Amount(*figures, tuple(map(tuple, classes))) if figures else None
-    # until version 28 the segments had another name
-    segments = [Segment(**each) for each in values.pop('stretches', None) or values['segments']]
+    values.setdefault('segments', values.pop('stretches', None))  # as they were called once
+    segments = [Segment(**each) for each in values['segments']]
     values['resource'] = resource_of(values['resource'], removed=True)
     return Spec(**made_as(values) | values | {'segments': segments})
 

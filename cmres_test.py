@@ -1243,6 +1243,9 @@ def schema() -> dict:
     return columns | {each.name: re.sub(r'["()]|IF NOT EXISTS ', '', each.sql).split() for each in indexes}
 
 
+WITH_PROPOSALS = ('proposals',)
+
+
 @pytest.mark.sqlite
 @pytest.mark.parametrize('version', ['first', 'ends', 'plan', 'tracks', 'parts', 'proposals', 'hosts'])
 def test_a_store_of_each_version_that_landed_is_brought_up_to_this_one(tmp_path, empty, version):
@@ -1266,6 +1269,10 @@ def test_a_store_of_each_version_that_landed_is_brought_up_to_this_one(tmp_path,
         assert labels(service.list(resource='gpu')) == ['racked', 'racked2'] and service.resource_show('gpu')['planned_by'] == 'hosts'
         assert [(each['label'], each.get('change', {}).get('vms')) for each in service.list(state=['pending'])] == [
             ('asked', None), ('agreed', 2)]
+        service.approve('agreed')
+        assert service.show('agreed')['vms'] == 2
+    asked = [each.wish for each in cmres.rows('SELECT wish FROM proposal')]
+    assert all(cmres.restored_spec(each).segments == [] for each in asked) and bool(asked) == (version in WITH_PROPOSALS)
     goes_on_with_what_was_frozen(Config(database=path))
 
 
