@@ -4209,7 +4209,7 @@ class Reservation(Table):
     priority = peewee.IntegerField()
     confirm = peewee.IntegerField()  # seconds that its owner has to accept it
     pending = peewee.IntegerField(null=True)     # until when it is held for somebody's word
-    personal = peewee.BooleanField()  # only its user may start on it through Nova
+    personal = peewee.BooleanField()  # only its user may start VMs in it through Nova
     affinity = came_later(peewee.CharField, '')  # of its VMs on hosts: '', APART or TOGETHER
     where = came_later(peewee.TextField, '')  # what their hosts must be like, as it was typed
     on_conflict = peewee.CharField()  # what becomes of an occurrence that has no room
@@ -4257,7 +4257,7 @@ class Occurrence(Table):
 
 
 #: What lists walk, in order of start: what is live and what is over for good apart, so that what is
-#: asked for most is not found among history. Each costs about a page of the event log at every
+#: asked for most is not found among history. Each costs about a page of SQLite's log at every
 #: change. They know ends: what begins in the day before a window is judged without its row.
 WALKED = {'': (), 'project': ('of_project',), 'user': ('of_user',), 'place': ('resource_id',)}
 HALVES = {'live': 'due IS NOT NULL', 'over': 'due IS NULL'}
@@ -4293,7 +4293,7 @@ class Host(Table):
 
 
 class Capacity(Table):
-    """A segment of time in which a resource has another capacity: it holds the difference."""
+    """A span of time in which a resource has another capacity: it holds the difference."""
     resource = peewee.ForeignKeyField(Resource)
     start = peewee.IntegerField()
     end = peewee.IntegerField()
@@ -4405,7 +4405,7 @@ class Server(Table):
 class Claim(Table):
     """A server that Nova was let start on a resource; it counts until it is gone."""
     resource = peewee.ForeignKeyField(Resource, index=False)
-    occurrence = peewee.IntegerField(null=True)  # it starts on; NULL: on what nobody has reserved
+    occurrence = peewee.IntegerField(null=True)  # it is in; NULL: in what nobody has reserved
     server = peewee.CharField()   # Nova's id
     # where it is; '': not known, or, if it takes that twice, on any two hosts
     host = came_later(peewee.CharField, '')
@@ -9226,7 +9226,7 @@ class DeliveryFailed(Error):
 
 def deliver(config: Config, notification, about: dict) -> None:
     """Delivers a notification to its target, `about` its reservation as answers show it; else
-    Undelivered."""
+    DeliveryFailed."""
     try:
         if is_web(notification.target):
             body = {'id': notification.event, 'event': notification.code,
@@ -9254,7 +9254,7 @@ def post(config: Config, url: str, body: bytes) -> None:
 
 def fetch(config: Config, url: str, headers: dict) -> tuple[int, dict, bytes]:
     """The answer to a GET of somebody's address, each of at most five redirects checked like the
-    first; Undelivered, without the address in its sentence, where there is none."""
+    first; DeliveryFailed, without the address in its sentence, where there is none."""
     try:
         for _ in range(6):
             status, found, body = exchange(config, 'GET', url, None, headers)
@@ -9390,7 +9390,7 @@ def send_mail(config: Config, notification, about: dict) -> None:
 def send_invitation(config: Config, notification, subject: str, text: str, method: str, event: str,
                     stop: str) -> None:
     """Sends a mail with an event for a calendar (RFC 6047), and the address `stop` at which its
-    reader says that no more are wanted; else Undelivered."""
+    reader says that no more are wanted; else DeliveryFailed."""
     message = mail_to(config, notification, subject)
     message['List-Unsubscribe'] = f'<{stop}>'
     message.set_content(f'{text}\n\nNo more such mails: {stop}\n')
@@ -9865,7 +9865,7 @@ OFFSET = Pattern(r'[+-]([01]\d|2[0-3])[0-5]\d([0-5]\d)?', re.A)
 
 
 #: What an event of a calendar asks for; '' is for the defaults of the import.
-CalendarSpec = namedtuple('Want', [each.field for each in ASKING.values()],
+CalendarSpec = namedtuple('CalendarSpec', [each.field for each in ASKING.values()],
                           defaults=[each.default for each in ASKING.values()])
 
 
@@ -10047,7 +10047,7 @@ class Entry:
         return found[0]
 
     def text(self, name: str) -> str:
-        """The first of a text, without what is for VMs only; '' without it."""
+        """The first of a text, without what is for programs only; '' without it."""
         return unescaped(self.said.get(name, [('', '')])[0][1])
 
     def moment(self, name: str) -> Moment:
@@ -11742,7 +11742,7 @@ def network_behind(place) -> tuple[str, str, str]:
     return tuple(there)
 
 
-def planned_wall(segment: Segment, old) -> datetime:
+def planned_local(segment: Segment, old) -> datetime:
     """For when, by the clocks of its segment, an occurrence was planned."""
     slot = datetime.fromisoformat(old.slot or segment.start)
     return slot + timedelta(seconds=segment.shift)
@@ -12016,7 +12016,7 @@ class SpecReader:
         before = self.segment_of(old, segments) if segments else None
         first = begins = self.typed_start(spec, asked, zone)
         if before and 'start' not in changes:
-            first = planned_wall(before, old)
+            first = planned_local(before, old)
         ends = asked.get('end', instant(spec.end))
         length, exact = typed_length(ends, instant(spec.start), begins, zone)
         if before and 'end' not in changes:
@@ -12040,7 +12040,7 @@ class SpecReader:
         if not OWN & changes:
             return segments
         segment = self.segment_of(old, segments)
-        zone, planned = read_zone(segment.zone), planned_wall(segment, old)
+        zone, planned = read_zone(segment.zone), planned_local(segment, old)
         start = self.typed_start(spec, asked, zone)
         # where a gap has put it, by what was planned
         first = start if 'start' in changes or old.altered else planned
@@ -16873,8 +16873,8 @@ class Calendars(Operations):
 
     def take_bookings(self, lines: deque, wanted: list[CalendarBooking], owner: tuple[str, str],
                       subscription, dry_run: bool) -> list[dict]:
-        """What became of each event; Held where of a subscription more than half would go. Where
-        nothing can go, others can write between."""
+        """What became of each event; ConfirmationNeeded where of a subscription more than half
+        would go. Where nothing can go, others can write between."""
         done, whole = [], dry_run or bool(self.live_of(subscription, self.clock()))
         while True:
             with self.writing(dry_run) as now:
@@ -17204,7 +17204,7 @@ class Calendars(Operations):
         return done
 
     def require_confirmation(self, subscription, had: dict[int, int], now: float) -> None:
-        """Raises Held where most of a calendar would go, and nobody has said so."""
+        """Raises ConfirmationNeeded where most of a calendar would go, and nobody has said so."""
         have, all_of_them = self.live_of(subscription, now), sum(had.values())
         gone = sum(max(number - have.get(id, 0), 0) for id, number in had.items())
         if subscription and not subscription.confirmed and 2 * gone > all_of_them:
@@ -18260,13 +18260,13 @@ class Leadership:
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """A transaction of the process that has its leases; LostLease for any other."""
+        """A transaction of the process that has its leases; LostLeadership for any other."""
         with transaction(first=True):
             self.refuse()
             yield
 
     def refuse(self) -> None:
-        """Raises LostLease if any lease that this process had is another's."""
+        """Raises LostLeadership if any lease that this process had is another's."""
         lost = self.held - returned('SELECT name FROM lease WHERE holder = ?', self.name)
         self.held = self.held - lost
         if lost or not self.held:
@@ -18412,7 +18412,7 @@ class Workers:
         """Gives a call its time from now on.
 
         Raises:
-          LostLease: another process may act.
+          LostLeadership: another process may act.
           CloudError: its time is over already; what it was going to ask for has not been asked.
         """
         with self.fence:
@@ -18594,7 +18594,7 @@ class Health:
 
     def pause(self, failures: int, longest: float = 0) -> float:
         """The seconds before something is tried again that has failed so often; `longest`: seconds
-        that it grows to; 0: those of the setting `retry_most`."""
+        that it grows to; 0: those of the setting `retry_max`."""
         pause = self.config.retry_first * 2 ** min(failures - 1, 20)
         return min(pause, longest or self.config.retry_max) * random.uniform(0.8, 1.2)
 
@@ -25636,7 +25636,7 @@ WIDE_LETTERS, THIN_LETTERS = set('mwMW%@'), set("iljtfrI.,:;'|!()[]- 1")
 
 
 class TimeLine:
-    """A segment of time as the clocks of a zone show it, in minutes from its first on.
+    """A span of time as the clocks of a zone show it, in minutes from its first on.
 
     Clocks that are changed move nothing in it: an hour that comes twice is one.
     """
@@ -29139,7 +29139,7 @@ EXPORTED = 1000  # events that are read at once
 def event_export(config: Config, since: When = None) -> None:
     """Prints the whole event log, one line of JSON for each event, the oldest first.
 
-    `events export` and `event log export` are the same.
+    `events export` and `journal export` are the same.
     """
     service, asked = reached(config), {'since': since or FIRST}
     while found := service.events(**asked, limit=EXPORTED):

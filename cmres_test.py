@@ -24409,7 +24409,7 @@ def public_sentences():
     ends = next(n for n, line in enumerate(MODULE.read_text().splitlines(), 1) if line.startswith('# Serving ###'))
     for node in ast.walk(syntax()):
         says = isinstance(node, ast.Raise) or isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
-            node.func.attr in ('journal', 'note', 'warning', 'error', 'info', 'critical'))
+            node.func.attr in ('log_event', 'note', 'warning', 'error', 'info', 'critical'))
         if says and not page < node.lineno < ends:
             for each in ast.walk(node):
                 if isinstance(each, ast.Constant) and isinstance(each.value, str) and ' ' in each.value:
