@@ -10117,9 +10117,9 @@ class Entry:
         """Its UID, or a name by that if it is very long; for one without it a name by its start and
         title, which stays while they do."""
         if (named := self.read('UID', 1)) and (uid := unescaped(named[0][1]).strip()):
-            return uid if len(uid.encode()) <= MOST_UID else f'long-uid-{sha256_of(uid)}'
+            return uid if len(uid.encode()) <= MOST_UID else f'long-uid-{hashed(uid)}'
         named = repr([self.read(name, 9) or None for name in ('DTSTART', 'SUMMARY')])
-        return f'without-uid-{sha256_of(named)[:12]}'
+        return f'without-uid-{hashed(named)[:12]}'
 
     @property
     def name(self) -> str:
@@ -10603,10 +10603,10 @@ def digest_of(group: list[Entry]) -> str:
     """By what a change of events is known; SEQUENCE alone is none."""
     said = [sorted((name, each.said[name]) for name in each.said if name != 'SEQUENCE')
             for each in group]
-    return sha256_of(repr(said))
+    return hashed(repr(said))
 
 
-def sha256_of(text: str) -> str:
+def hashed(text: str) -> str:
     return hashlib.sha256(text.encode('utf8', 'surrogatepass')).hexdigest()
 
 
@@ -10730,7 +10730,7 @@ def invitation_text(method: str, sequence: int, shown: Shown, host: str, guest: 
 
 
 def etag_of(text: str) -> str:
-    return f'"{sha256_of(text)[:32]}"'
+    return f'"{hashed(text)[:32]}"'
 
 
 def whole_calendar(parts: str, *head: str) -> str:
@@ -11207,10 +11207,6 @@ OF_OCCURRENCE = ('o.of_user = ?', 'o.of_project = ?', 'o.resource_id = ?', 'o.re
 OF_EXTRA = ('r.user = ?', 'r.project = ?', 'x.resource_id = ?', 'r.id <> ?')
 OF_WAITING = ('r.user = ?', 'r.project = ?',
               'r.id IN (SELECT reservation_id FROM wait WHERE resource_id = ?)', '')
-
-
-def hashed(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
 
 
 OUR_TOKENS = 'cmres_'  # how they begin
