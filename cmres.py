@@ -19779,7 +19779,7 @@ class Scheduler:
         """Does a part of a pass; if it fails, the others are done all the same."""
         try:
             return part(now)
-        except (*STORE_ERRORS, LostLeadership):
+        except (*STORE_ERRORS, Unavailable, LostLeadership):
             raise
         except Exception:  # of any kind: people wait for VMs
             log.exception('%s failed; the next run tries it again', part.__name__)

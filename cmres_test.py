@@ -17611,6 +17611,15 @@ def test_a_part_of_a_pass_that_fails_keeps_no_vms_from_starting(tmp_path, part, 
     cmres.close_store()
 
 
+def test_a_store_that_is_busy_is_no_mistake_of_a_part_of_a_pass(world, monkeypatch, caplog):
+    def fails(scheduler, now):
+        raise cmres.Unavailable('the database is busy')
+    monkeypatch.setattr(cmres.Scheduler, 'serve_waiting_list', fails)
+    boot(world)
+    world.cycle.guarded(world.cycle.one_pass)
+    assert 'waiting: the database is busy' in caplog.text and 'serve_waiting_list' not in caplog.text
+
+
 @pytest.mark.parametrize('error', [peewee.OperationalError('disk I/O error'), ValueError('a bug'),
                                    cmres.LostLeadership('lost')], ids=repr)
 @pytest.mark.parametrize('where', ['sweep', 'rest', 'reconcile', 'next_due', 'wait_for_calls', 'hand_over'])
