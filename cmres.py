@@ -4705,7 +4705,6 @@ UNIQUE = ('calendar_object_named ON calendar_object (user, project, calendar, na
           'resource_name ON resource (name) WHERE removed IS NULL')
 
 
-
 def long_texts(row: str) -> str:
     """How many characters of long texts a reservation has; in a trigger, `row` is NEW or OLD."""
     return f'(length({row}.user_data) + length({row}.description) + length({row}.metadata))'
@@ -11207,8 +11206,6 @@ OF_OCCURRENCE = ('o.of_user = ?', 'o.of_project = ?', 'o.resource_id = ?', 'o.re
 OF_EXTRA = ('r.user = ?', 'r.project = ?', 'x.resource_id = ?', 'r.id <> ?')
 OF_WAITING = ('r.user = ?', 'r.project = ?',
               'r.id IN (SELECT reservation_id FROM wait WHERE resource_id = ?)', '')
-
-
 OUR_TOKENS = 'cmres_'  # how they begin
 #: Of a token t: it is in force at an instant.
 IN_FORCE = 't.revoked IS NULL AND (t.ends IS NULL OR t.ends > ?)'
@@ -14297,7 +14294,7 @@ class Offers:
         whose += [('place', 'o.resource_id = ?', each) for each in others]
         for way, condition, value in whose:
             ways = overlapping([(f'{way}_live', 'o.due IS NOT NULL')], begin,
-                                         ' AND o.due IS NOT NULL')
+                               ' AND o.due IS NOT NULL')
             found += walk(self.service.clock(), ways, [(condition, value), later], most)
         ends = run('SELECT "end" FROM occurrence WHERE id IN numbers(?)',
                    json.dumps([id for _, id in found]))
@@ -16768,8 +16765,6 @@ EVENT_DEFAULTS = {
     'resource': (Label, ''), **dict.fromkeys(('flavor', 'image', 'network', 'key'), (Name, '')),
     'vms': (Count, 1), 'at_end': (Name, ''), 'notify': (Names, ()),
     'on_conflict': (Clash, 'refuse'), 'tz': (Zone, ''), 'user': (Name, ''), 'project': (Name, '')}
-#: The feeds and subscriptions that are in force.
-ACTIVE = {'feed': 'revoked IS NULL', 'subscription': 'due IS NOT NULL'}
 #: The fact: up to which revision nothing is known any more of objects that were deleted.
 FORGOTTEN = 'calendars forgotten'
 
@@ -17037,10 +17032,10 @@ class Calendars(Operations):
         feeds = rows("SELECT id, 'feed' AS kind, user, project, coalesce("
                      "(SELECT name FROM resource s WHERE s.id = resource_id), "
                      "iif(whole_project, 'the project', 'the user')) "
-                     f"AS shows, added FROM feed WHERE {ACTIVE['feed']} {own} ORDER BY id", *who)
+                     f"AS shows, added FROM feed WHERE {STILL['feeds']} {own} ORDER BY id", *who)
         subscribed = rows("SELECT id, 'subscription' AS kind, user, project, url AS shows, added, "
                           'polled, fault, held, held AS needs_confirmation FROM subscription '
-                          f"WHERE {ACTIVE['subscription']} {own} ORDER BY id", *who)
+                          f"WHERE {STILL['subscriptions']} {own} ORDER BY id", *who)
         return [*map(public, feeds), *(public(each) | {'shows': urlsplit(each.shows).hostname}
                                        for each in subscribed)]
 
@@ -17138,7 +17133,7 @@ class Calendars(Operations):
 
     def find_own_calendar(self, kind: str, id: int):
         """A feed or a subscription that is in force and one's own; NotFound if there is none."""
-        found = row(f'SELECT * FROM {kind} WHERE id = ? AND {ACTIVE[kind]}', id)
+        found = row(f'SELECT * FROM {kind} WHERE id = ? AND {STILL[f"{kind}s"]}', id)
         if not found or self.actor.role != ADMIN and (found.user, found.project) != self.actor[:2]:
             raise NotFound(f'There is no active {kind} {id}.')
         return found
@@ -17339,7 +17334,7 @@ class Tokens(Operations):
             until = f' until {self.config.told_time(ends)}' if ends else ''
             only = ', '.join([*scopes, *filter(None, [resource])])
             self.log_event(now, 'token', f'created a token for {user} in {project} as '
-                                       f"{role}{until}{only and f', only for {only}'}")
+                                         f"{role}{until}{only and f', only for {only}'}")
         made = {'user': user, 'project': project, 'role': role} if dry_run else {'token': token}
         return made | ({'ends': instant(ends)} if ends else {})
 
@@ -17984,7 +17979,7 @@ def fault_of(error: Exception) -> str:
 
 
 def note_of(config: Config, now: float, code: str, sentence: str, about,
-         notify: Iterable[str] | None = None) -> None:
+            notify: Iterable[str] | None = None) -> None:
     """An event of one server, which is only logged: `tell_up` tells of all of them together."""
     occurrence = getattr(about, 'occurrence_id', about.id)
     log_event(config, now, 'cmres', code, sentence[:1000], about.reservation_id, notify, occurrence)
@@ -20507,7 +20502,7 @@ LATE = 60  # seconds without a pass after which a scheduler is taken for broken
 LEAST_GZIP = 1000  # bytes of an answer below which compressing it is in vain
 #: Of every answer that is no page.
 UNKEPT = {'Content-Type': 'application/json', 'Cache-Control': 'no-store',
-         'X-Content-Type-Options': 'nosniff', 'Vary': 'Accept-Encoding'}
+          'X-Content-Type-Options': 'nosniff', 'Vary': 'Accept-Encoding'}
 
 
 def rest(service: Reservations, told: Callable | None = None, visitor: Callable | None = None):
@@ -22381,7 +22376,7 @@ TITLE = Pattern(r'(?:(NOT RESERVED|CANCELLED)|NOT MOVED\\?, still [^:]{1,40}:\d\
 OPENS, CLOSES = '[cmres] ', '[end of cmres]'
 MOST_COPIED = 2000  # letters of a line that each such exception has as well
 CARRIED = frozenset(('UID', 'DTSTAMP', 'SUMMARY', 'DESCRIPTION', 'LOCATION', 'SEQUENCE', 'STATUS',
-                    'CLASS', 'TRANSP', 'CATEGORIES', 'ORGANIZER'))
+                     'CLASS', 'TRANSP', 'CATEGORIES', 'ORGANIZER'))
 MADE = 'X-CMRES-MADE'  # has an exception that only we have made
 #: What XML can't hold, and no calendar has.
 NO_XML = Pattern('[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]')
@@ -23171,7 +23166,7 @@ class Draft:
                 acting.alter(known.label, known.project, asked, True)
             else:
                 spec = spec._replace(label=acting.free_label(spec.label, spec.project,
-                                                           acting.clock()))
+                                                             acting.clock()))
                 acting.reserve([Request(spec.label, [[spec]], False, 0, 0)], True)
         except NoCapacity as more:
             return NoCapacity(in_other_words(more, self.event.here), **more.details)
@@ -27893,7 +27888,7 @@ class Admin(Visit):
             raise error
         kept = {key: value for key, value in said.items() if key != typed[0]} | {'next': back}
         return self.refused_page(error, back, self.button(name, kept, words, bad,
-                                                     (typed[0], said[typed[0]])))
+                                                          (typed[0], said[typed[0]])))
 
 
 #: Which methods of a class show the pages of which addresses, and whether these are for people who
