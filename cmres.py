@@ -15006,6 +15006,7 @@ class Requests(Operations):
         """
         if undo:
             return self.put_back(label, project, occurrence, dry_run)
+
         def deed(now: float) -> dict:
             found = self.look.mine(label, project, occurrence=occurrence)
             if now >= found.held_from and found.repeats and not occurrence:
@@ -17656,12 +17657,13 @@ class Records(Operations):
         where = [('v.planned >= ?', first), ('NOT v.borrowed', None), *self.look.visible()]
         found = rows(f"""
             SELECT v.account AS cloud, v.name, r.label, v.tries, v.fault, v.planned,
-              v.ready - v.planned AS ready,
+                   v.ready - v.planned AS ready,
                    iif(v.tries > 1, NULL, v.begun) - v.planned + CASE
                    WHEN v.planned = o.start THEN o.start - o.held_from ELSE 0 END AS begun
               FROM server v JOIN occurrence o ON o.id = v.occurrence_id
-                JOIN reservation r ON r.id = o.reservation_id
+              JOIN reservation r ON r.id = o.reservation_id
              WHERE TRUE{all_of(where)} ORDER BY v.account, v.id""", *given(where))
+
         def spreads(servers: list, what: str) -> dict:
             delays = (getattr(each, what) for each in servers)
             return spread(what, [each for each in delays if each is not None])
