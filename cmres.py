@@ -9206,8 +9206,8 @@ PER_HOST = 2  # notifications that are on their way to one host at the same time
 MOST_FETCHED = 2**24  # bytes of it: a calendar
 
 NOTIFICATIONS = '''SELECT n.id, n.target, n.owner, n.tries, e.id AS event, e.at, e.actor, e.code,
-                    e.sentence, e.reservation_id, e.occurrence, n.invites
-               FROM outbox n JOIN event e ON e.id = n.event_id'''
+                          e.sentence, e.reservation_id, e.occurrence, n.invites
+                     FROM outbox n JOIN event e ON e.id = n.event_id'''
 
 
 @functools.lru_cache(4096)
