@@ -13945,16 +13945,18 @@ class Admission:
         series = ({'booked_until': instant(found.booked_until), 'occurrences': [*done]}
                   if spec.segments else {})
         shown = public(found)
-        return shown | series | {'message': self.in_words(shown)} | (
+        return shown | series | {'message': self.in_words(shown, bool(occurrence))} | (
             {'warnings': spec.warnings} if spec.warnings else {})
 
-    def in_words(self, shown: dict) -> str:
-        """What is agreed now, in a sentence: what starts when, and what becomes of it."""
+    def in_words(self, shown: dict, alone: bool) -> str:
+        """What is agreed now, in a sentence: what starts when, and what becomes of it; `alone`: of
+        an occurrence that was named."""
         planned = plan_in_words(shown, read_zone(shown['tz'] or self.service.config.timezone))
         if shown['state'] == 'waiting':
             return f"On the waiting list: {planned['what']}, {planned['when']}."
         series = rule_in_words(shown['repeat']) if shown['repeat'] else ''
-        once = f' This is the next one of a series: {series}.' if series else ''
+        which = 'one' if alone else 'the next one'
+        once = f' This is {which} of a series: {series}.' if series else ''
         pending = ' An admin must approve it first.' if shown['state'] == 'pending' else ''
         return planned['message'] + once + pending
 
@@ -17473,7 +17475,8 @@ class Tokens(Operations):
         it for VMs that are not started yet.
         """
         if is_simulated(cloud) or not any(each.cloud == cloud for each in self.look.places()):
-            raise Invalid(f"'{cloud}' is no cloud of a resource that knows application credentials")
+            raise Invalid(f"'{cloud}' is not a cloud of a resource that knows application "
+                          'credentials. Choose another cloud.')
         if bool(trust) == bool(application and secret):
             raise Invalid('Give an application credential with its secret, or a trust.')
         if trust:
@@ -29065,7 +29068,7 @@ def catalog_add(config: Config, cloud: Name, address: Name = '', dry_run: bool =
         raise Invalid('say how people reach `serve`: --address https://cmres.example.org, or the '
                       'setting `address`')
     if is_simulated(cloud):
-        raise Invalid(f'the cloud {cloud} has no catalog')
+        raise Invalid(f"The cloud '{cloud}' has no catalog. Choose another cloud.")
     return OpenStack(cloud, '', config).register(f"{address.rstrip('/')}{BLAZAR}/v1", dry_run)
 
 
@@ -29912,6 +29915,9 @@ def as_typed(name: str, value):
 
 def file_rows(text: str, name: str) -> list[dict]:
     """The reservations in a CSV, JSON or YAML text, each with the number of its line or place."""
+    if text.startswith('BEGIN:VCALENDAR'):
+        raise Invalid(f"'{name}' is a calendar, not a list of reservations. Import it.",
+                      hint=f'import {name}')
     try:
         if name.endswith('.json'):
             return json.loads(text)
@@ -30062,7 +30068,8 @@ def as_pairs(answer: dict, zone: ZoneInfo, look: Look) -> str:
              if name not in inner and each is not False and each not in EMPTY
              and (each or name not in LENGTH_FIELDS) and each != '0s']
     tables = [inner_table(name, each, zone, look) for name, each in inner.items()]
-    return '\n'.join([said, drawn([], pairs) if pairs else '', *tables]).strip('\n')
+    return '\n'.join([said, drawn([], pairs) if pairs else '', *tables]).strip('\n') or (
+        'nothing found')
 
 
 #: Fields that are lengths in seconds.
@@ -30142,7 +30149,7 @@ def in_words(error: Error, zone: ZoneInfo) -> list[str]:
               for each in others[:MOST_SHOWN]]
     same = len(rest) - len(others)
     lines += [f"  {counted(same, 'more date')} for the same reason"] if same else []
-    lines += [f"  line {each['line']}: {each['label']}: {each['error']}"
+    lines += [f"  line {each['line']}: {each['label']}{': ' * bool(each['label'])}{each['error']}"
               for each in details.get('refused', [])]
     lines += listed('Affected:', [f"{who_of(each)}{when_of(each, zone)}"
                                   for each in details.get('occurrences', [])])

@@ -24011,6 +24011,23 @@ def test_a_place_without_resources_has_no_reservations(world, when):
     assert labels(world.service.list(cloud='simulated', **when)) == ['lab']
 
 
+def test_what_is_empty_or_of_another_kind_is_told_in_a_sentence(run):
+    run('resource', 'add', 'demo')
+    assert run('delays')[1] == 'nothing found\n'
+    Path('class.ics').write_text('BEGIN:VCALENDAR\nEND:VCALENDAR\n')
+    code, _, err = run('load', 'class.ics')
+    assert code and "'class.ics' is a calendar, not a list of reservations. Import it." in err and 'import class.ics' in err
+    Path('wrong.csv').write_text('resource,start\ndemo,+1h\n')
+    assert '  line 2: The argument' in run('load', 'wrong.csv')[2]
+
+
+def test_what_is_said_of_an_occurrence_that_was_named_says_not_that_it_is_the_next(world):
+    book(world.service, 'class', 2, 3, repeat='daily', count=3)
+    later = world.service.show('class')['occurrences'][1]['start']
+    assert 'This is the next one of a series: every day' in world.service.update('class', vms=2)['message']
+    assert 'This is one of a series: every day' in world.service.update('class', occurrence=later, vms=3)['message']
+
+
 def test_a_list_imports_only_what_it_uses(tmp_path, empty):
     new_store(tmp_path, empty)
     code = ("import gc, sys; sys.path.insert(0, sys.argv[1]); import cmres; code = cmres.main(['list']); "
