@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 MARKERS = "markers=openstack: needs a cloud, named by OS_CLOUD$$(printf '\n%s' 'clients: needs programs of others' 'browser: drives a browser' 'sqlite: asks for what only a file has')"
 # compiled once, also where Python is told to keep nothing, and not by each program that is tested
-PYTEST  = $(BIN)/python -m py_compile cmres.py cmres_test.py && $(BIN)/python -m pytest -q -o $(MARKERS)
+PYTEST  = $(BIN)/python -X no_debug_ranges -m py_compile cmres.py cmres_test.py && $(BIN)/python -m pytest -q -o $(MARKERS)
 
 help:            ## show this
 	@sed -n 's/^\([a-z-]*\): *.*## /make \1\t/p' Makefile | expand -t 22
@@ -46,7 +46,7 @@ $(VENV)/psycopg: | $(BIN)/python   # for a database in PostgreSQL alone
 	$(BIN)/python -m pip install -q --disable-pip-version-check 'psycopg[binary]>=3.2,<4' && touch $@
 
 $(BIN)/cmres: | $(BIN)/python   # the same program under a short name, compiled once
-	@printf '#!%s\nimport gc, sys\ngc.disable()\nsys.path.insert(0, "%s")\nfrom cmres import run_program\nrun_program()\n' \
+	@printf '#!%s -Xno_debug_ranges\nimport gc, sys\ngc.disable()\nsys.path.insert(0, "%s")\nfrom cmres import run_program\nrun_program()\n' \
 	  '$(abspath $(BIN))/python' '$(CURDIR)' > $@ && chmod +x $@
 
 $(VENV)-clients/done: | $(BIN)/python   # an environment of their own; the suite needs no tempest
