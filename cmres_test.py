@@ -519,9 +519,8 @@ def syntax(module=MODULE):
 
 def test_no_two_things_of_a_module_have_one_name():
     for module in (MODULE, Path(__file__)):
-        tree = syntax(module) if module is MODULE else ast.parse(module.read_text())
         names = collections.Counter(
-            name for each in tree.body for name in (
+            name for each in syntax(module).body for name in (
                 [each.name] if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else
                 [target.id for target in getattr(each, 'targets', [each.target] if isinstance(each, ast.AnnAssign) else ())
                  if isinstance(target, ast.Name)]))
@@ -3747,8 +3746,8 @@ OWN_WORDS = {r'json_each|json_extract': 'numbers(?), names(?), for_each', r'\bIN
 def test_no_statement_outside_the_store_is_in_the_words_of_one_engine():
     text = MODULE.read_text()
     text = text[text.index('# Capacity ####'):].replace(inspect.getsource(cmres.for_each), '')
-    below = [each for each in syntax().body if each.lineno > len(MODULE.read_text()[:-len(text)].splitlines())
-             and getattr(each, 'name', '') != 'for_each']
+    head = MODULE.read_text()[:-len(text)].count('\n')
+    below = [each for each in syntax().body if each.lineno > head and getattr(each, 'name', '') != 'for_each']
     texts = [each.value for part in below for each in ast.walk(part)
              if isinstance(each, ast.Constant) and isinstance(each.value, str)]
     sql = [each for each in texts if re.search(r'\b(SELECT|WHERE|UPDATE|INSERT INTO|DELETE FROM|IN) ', each)]
