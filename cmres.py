@@ -18120,6 +18120,22 @@ class LostLeadership(Error):
     """Another scheduler acts now; this one must not."""
 
 
+@contextmanager
+def by_itself(what: str, *about) -> Iterator[None]:
+    """A part of a transaction that is undone where it fails, and logged as `what`: others go on.
+
+    Raises:
+      what concerns all parts: an error of the store, LostLeadership
+    """
+    try:
+        with Attempt():
+            yield
+    except (*STORE_ERRORS, LostLeadership):
+        raise
+    except Exception:  # of any kind: others wait for their VMs
+        log.exception(what, *about)
+
+
 @functools.cache
 def neighbours() -> int:
     """What those have in common who see one another by number: a container, until a start."""
@@ -18747,14 +18763,10 @@ class Planner:
 
     def plan_alone(self, occurrence, now: float) -> None:
         """Plans one occurrence; if it can't be planned, the others are, and it is tried again."""
-        try:
-            with Attempt():
-                Planning(self.workers, occurrence, now).plan()
-        except (*STORE_ERRORS, LostLeadership):
-            raise
-        except Exception:  # of any kind: others wait for their VMs
-            log.exception('an occurrence of %s could not be planned', occurrence.label)
-            change(Occurrence, occurrence.id, due=now + PLANNED_AGAIN)
+        with by_itself('an occurrence of %s could not be planned', occurrence.label):
+            Planning(self.workers, occurrence, now).plan()
+            return
+        change(Occurrence, occurrence.id, due=now + PLANNED_AGAIN)
 
 
 class Planning:
@@ -19434,14 +19446,9 @@ class Reconciler:
         self.health.note(result, now)
         if result.error and not isinstance(result.error, Error):
             log.error('%s of %s failed', result.verb, result.target, exc_info=result.error)
-        try:
-            with Attempt():
-                self.record_one(result, now)
-        except (*STORE_ERRORS, LostLeadership):
-            raise
-        except Exception:  # of any kind: the results of others come still
-            log.exception('the result of %s for %s could not be recorded', result.verb,
-                          result.account)
+        with by_itself('the result of %s for %s could not be recorded', result.verb,
+                       result.account):
+            self.record_one(result, now)
 
     def record_one(self, result: Job, now: float) -> None:
         if result.key[0] == 'server':
