@@ -2291,6 +2291,10 @@ class TimeContext(NamedTuple):
     after: datetime | None = None
     past: bool = False
 
+    def at(self, said):
+        """The instant that was said, or that is so far from now."""
+        return self.now + said if isinstance(said, timedelta) else said
+
 
 def bind(operation: Operation, given: dict, here: TimeContext) -> dict:
     """The arguments of a call, read from text or JSON by the types of the method's signature;
@@ -2302,7 +2306,7 @@ def bind(operation: Operation, given: dict, here: TimeContext) -> dict:
     # what others come after is read first
     for name in sorted(given, key=lambda name: name in AFTER):
         first = read.get(AFTER.get(name))
-        first = here.now + first if isinstance(first, timedelta) else first
+        first = here.at(first)
         later = here._replace(after=first if isinstance(first, datetime) else None,
                               past=name == 'since')
         read[name] = read_argument(name, given[name], operation.parameters[name].annotation, later)
@@ -11352,7 +11356,7 @@ class Service:
 
     def resolve(self, start, end) -> tuple[int, int]:
         """The seconds of a window: a length as start counts from now, as end from the start."""
-        start = self.here.now + start if isinstance(start, timedelta) else start
+        start = self.here.at(start)
         try:
             end = self.end_after(start, end) if isinstance(end, timedelta) else end
         except OverflowError:
@@ -11379,7 +11383,7 @@ class Service:
             begin, until = (int(from_local(each, zone).timestamp())
                             for each in (first, first + timedelta(days=1)))
             return begin, until, format_day(asked)
-        asked = self.here.now + asked if isinstance(asked, timedelta) else asked
+        asked = self.here.at(asked)
         return int(asked.timestamp()), int(asked.timestamp()) + 1, format_moment(asked, zone)
 
     def owner(self, asked: dict) -> tuple[str, str]:
@@ -12088,7 +12092,7 @@ class SpecReader:
             raise Invalid('Choose one end for the series: a last date, a number of occurrences, '
                           'or an end in the RRULE.', hint='--until, --count or an RRULE with UNTIL')
         if until is not None:
-            until = self.service.here.now + until if isinstance(until, timedelta) else until
+            until = self.service.here.at(until)
             last = (datetime.combine(until, datetime.max.time()) if type(until) is date
                     else to_local(until, zone))
             return f'{rule};UNTIL={last:%Y%m%dT%H%M%S}'
@@ -15104,7 +15108,7 @@ class Requests(Operations):
                                                start.zone)}
         if getattr(end, 'bare', False):
             begin = asked.get('start') or instant(old.start)
-            begin = self.here.now + begin if isinstance(begin, timedelta) else begin
+            begin = self.here.at(begin)
             near = begin + timedelta(seconds=old.end - old.start - DAY // 2)
             asked = asked | {'end': spoken_time(f'{end.local:%H:%M:%S}', end.zone,
                                                 max(begin, near), begin)}
